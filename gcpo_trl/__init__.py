@@ -1,0 +1,24 @@
+"""Group Critical-token Policy Optimization for autoregressive image generators, as a plug-in for TRL.
+
+Names are imported on first use, so that ``import gcpo_trl`` loads no model code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import GCPOConfig
+    from .trainer import GCPOTrainer
+
+__version__ = "0.1.0"
+__all__ = ["GCPOConfig", "GCPOTrainer", "__version__"]
+
+_HOME = {"GCPOConfig": "config", "GCPOTrainer": "trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

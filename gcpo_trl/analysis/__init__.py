@@ -1,0 +1,1 @@
+"""Pictures of what a run did: sample grids, learning curves, critical tokens."""

@@ -1,0 +1,57 @@
+"""Mistakes caught before weights are loaded: what was seen, and what to write instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+
+def load_config(model: Any) -> Any:
+    """The model's configuration; for a path or an id, read without its weights."""
+    if isinstance(model, str):
+        return AutoConfig.from_pretrained(model)
+    if not hasattr(model, "config"):
+        raise TypeError(f"model is a {type(model).__name__}; pass a path, a hub id or a transformers model")
+    return model.config
+
+
+def check_image_settings(args: Any, config: Any) -> None:
+    """Settings of `GRPOConfig` that have no meaning for images, or that would silently spoil them."""
+    if args.use_vllm or args.use_transformers_continuous_batching:
+        name = "use_vllm" if args.use_vllm else "use_transformers_continuous_batching"
+        raise ValueError(f"{name}=True, but {config.model_type} draws images with gcpo_trl's own sampler; set it to False")
+    if args.mask_truncated_completions:
+        raise ValueError(
+            "mask_truncated_completions=True, but images never end with an end-of-sequence token, so every image would "
+            "count as truncated and train on nothing; set it to False"
+        )
+    if args.pad_to_multiple_of is not None:
+        raise ValueError(f"pad_to_multiple_of={args.pad_to_multiple_of} would pad images; leave it at None")
+    if args.cast_lm_head_to_fp32:
+        raise ValueError("cast_lm_head_to_fp32=True concerns the text head, which draws no image; set it to False")
+    args.check_tokens(config.vision_config.num_image_tokens)
+
+
+def check_dataset(dataset: Any) -> None:
+    """Columns an image policy needs and those that TRL would take for something else."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:
+        return
+    if "prompt" not in columns:
+        raise ValueError(f"the dataset has columns {sorted(columns)} but no 'prompt'; rename the caption column to 'prompt'")
+    taken = sorted({"image", "images"} & set(columns))
+    if taken:
+        raise ValueError(
+            f"the dataset has a column {taken[0]!r}, which TRL reads as picture input of a conversation; rename it, for "
+            "example to 'reference_image'"
+        )
+
+
+def first_non_finite(model: torch.nn.Module) -> str:
+    """Name of the first parameter that holds NaN or infinity, or a sentence that says there is none."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"parameter {name} is not finite"
+    return "all parameters are finite, so an activation or a reward overflowed"

@@ -1,0 +1,184 @@
+"""Settings of `GCPOTrainer`: TRL's `GRPOConfig` and, room by room, what critical tokens add."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import MISSING, dataclass, field, fields
+
+from trl import GRPOConfig
+
+from .objective.selection import COMBINE, load
+from .objective.weighting import FORMS
+
+ENTROPY_SOURCES = ("guided", "conditional")
+SIMILARITY_SPACES = ("aligner", "codebook")
+
+
+@dataclass
+class GCPOConfig(GRPOConfig):
+    """Configuration of `GCPOTrainer`. Names start with the room they belong to; the defaults are the released ones.
+
+    With ``select_strategies=["everything"]`` and ``weight_form="none"`` training equals `GRPOTrainer`.
+    """
+
+    select_strategies: list[str] = field(
+        default_factory=lambda: ["initial", "entropy_gradient", "similarity"],
+        metadata={
+            "help": "Which tokens are critical: names of files in gcpo_trl/objective/selection, or "
+            "'package.module:attribute'. 'everything' trains on all tokens. Published: initial, entropy_gradient, "
+            "similarity."
+        },
+    )
+    select_fraction: float = field(
+        default=0.1,
+        metadata={"help": "Share of an image's tokens that each strategy keeps, in (0, 1]. Published: 0.1."},
+    )
+    select_combine: str = field(
+        default="disjoint",
+        metadata={
+            "help": "'disjoint': each strategy picks among what the ones before it left, so every image trains on "
+            "exactly the same number of tokens (released code). 'union': strategies may overlap (paper, Eq. 6)."
+        },
+    )
+    select_window: list[float] = field(
+        default_factory=lambda: [0.1, 0.9],
+        metadata={
+            "help": "Part of the sequence in which entropy_gradient looks, as shares. Released code: 0.1 0.9; the "
+            "paper does not restrict it (0 1)."
+        },
+    )
+    select_complement: bool = field(
+        default=False, metadata={"help": "Train on the tokens that were NOT selected: the paper's control experiment."}
+    )
+    select_entropy_from: str = field(
+        default="guided",
+        metadata={
+            "help": "Distribution whose entropy counts for images: 'guided' is the one sampled from (released code), "
+            "'conditional' the policy's own (paper, Eq. 1). The same when rollout_guidance_scale is 1."
+        },
+    )
+    select_similarity_space: str = field(
+        default="aligner",
+        metadata={
+            "help": "Embedding in which group similarity is measured: 'aligner' is what the language model reads "
+            "(released for Janus), 'codebook' the codes of the image tokenizer (released for LlamaGen)."
+        },
+    )
+    weight_form: str = field(
+        default="exp",
+        metadata={
+            "help": "Dynamic advantage weight: 'exp' (released code, 1 at the start), 'linear' (the paper's Eq. 7 "
+            "literally, 0 at the start) or 'none'."
+        },
+    )
+    weight_clip: float = field(
+        default=0.5,
+        metadata={"help": "Bound on |log p - log p_ref| in the weight, > 0. Published: 0.5 to 1; released code: 0.5."},
+    )
+    weight_detach: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep gradients out of the weight. False reproduces the released code, which also moves tokens "
+            "that were not selected."
+        },
+    )
+    rollout_guidance_scale: float = field(
+        default=5.0,
+        metadata={
+            "help": "Classifier-free guidance u + s (c - u) while sampling images; 1 is no guidance. Log-probabilities "
+            "stay conditional. Published: 5 for Janus-Pro."
+        },
+    )
+    rollout_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Images sampled at once on a device; 0 means the whole generation batch. Does not change images."
+        },
+    )
+    train_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Parts of an image model that train: language_model, generation_head, generation_aligner, "
+            "generation_embeddings. Default (published): language_model. Text models train as in GRPOTrainer; with "
+            "LoRA, target_modules decides."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_selection()
+        self._check_choice("select_entropy_from", ENTROPY_SOURCES)
+        self._check_choice("select_similarity_space", SIMILARITY_SPACES)
+        self._check_choice("weight_form", tuple(FORMS))
+        if not self.weight_clip > 0:
+            raise ValueError(f"weight_clip={self.weight_clip} must be positive; the paper uses 0.5 to 1")
+        if not (math.isfinite(self.rollout_guidance_scale) and self.rollout_guidance_scale >= 0):
+            raise ValueError(
+                f"rollout_guidance_scale={self.rollout_guidance_scale} must be a finite number >= 0; 1 switches "
+                "guidance off"
+            )
+        if self.rollout_batch_size < 0:
+            raise ValueError(f"rollout_batch_size={self.rollout_batch_size} must be >= 0; 0 samples all at once")
+        if self.weight_form == "linear":
+            warnings.warn(
+                "weight_form='linear' is the paper's Eq. 7 literally: it is zero for every token while the policy "
+                "equals the reference, so with weight_detach=True nothing ever moves. Use 'exp' to train.",
+                stacklevel=3,
+            )
+
+    @classmethod
+    def plain(cls, args: GRPOConfig) -> GCPOConfig:
+        """The same settings under which every token trains, unweighted: what GRPOTrainer would do with ``args``."""
+        config = copy.copy(args)
+        config.__class__ = cls
+        for setting in fields(cls):
+            if setting.name not in GRPOConfig.__dataclass_fields__:
+                default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+                setattr(config, setting.name, default)
+        config.select_strategies, config.weight_form = ["everything"], "none"
+        return config
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether the dynamic advantage weight is on, and with it a reference model."""
+        return self.weight_form != "none"
+
+    @property
+    def selects_everything(self) -> bool:
+        """Whether every token trains, as in GRPO."""
+        return self.select_strategies == ["everything"] and not self.select_complement
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}")
+
+    def _check_selection(self) -> None:
+        self._check_choice("select_combine", COMBINE)
+        if not self.select_strategies:
+            raise ValueError("select_strategies is empty; name at least one, such as 'everything' for plain GRPO")
+        for strategy in self.select_strategies:
+            load(strategy)
+        if not 0 < self.select_fraction <= 1:
+            raise ValueError(f"select_fraction={self.select_fraction} must lie in (0, 1]; the paper uses 0.1")
+        total = self.select_fraction * len(self.select_strategies)
+        if self.select_combine == "disjoint" and total > 1 + 1e-9:
+            raise ValueError(
+                f"select_fraction={self.select_fraction} for {len(self.select_strategies)} strategies asks for "
+                f"{total:g} of all tokens; lower it to at most {1 / len(self.select_strategies):.4g}, or set "
+                "select_combine='union'"
+            )
+        if len(self.select_window) != 2 or not 0 <= self.select_window[0] < self.select_window[1] <= 1:
+            raise ValueError(
+                f"select_window={self.select_window} must be two shares 0 <= start < end <= 1, such as [0.1, 0.9]"
+            )
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raise if a strategy keeps none of an image's ``tokens``."""
+        if not self.selects_everything and math.floor(self.select_fraction * tokens + 1e-9) == 0:
+            raise ValueError(
+                f"select_fraction={self.select_fraction} keeps 0 of {tokens} tokens; raise it to at least "
+                f"{1 / tokens:.4f}"
+            )

@@ -1,0 +1,1 @@
+"""Benchmarks: a policy in, a report with standard errors out."""

@@ -1,0 +1,86 @@
+"""The shapes benchmark: held-out prompts, fixed seeds, judged from pixels, with a standard error.
+
+Overall is the mean of the six task means, as GenEval counts. Images of one prompt are not independent, so standard
+errors are taken over the prompts of a task, not over images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from reward_funcs.shapes import Judgement, judge_image
+
+from ..rollout import Sampling, sample
+from ..shapes.grammar import TASKS, Spec, held_out_specs
+
+IMAGES_A_PROMPT = 6  # 203 prompts, 1,218 images
+MEASURES = ("exact", "correct", "inventory", "extra")
+
+
+@dataclass(frozen=True)
+class Report:
+    """``tasks[task][measure]`` and ``overall[measure]`` are ``{"mean", "error"}``; ``extra`` counts objects an image."""
+
+    tasks: dict[str, dict[str, dict[str, float]]]
+    overall: dict[str, dict[str, float]]
+    images: int
+    sampling: dict[str, Any]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def table(self) -> str:
+        """Markdown: a row a task, ``mean ± standard error``."""
+        lines = ["| task | exact | correct (extras allowed) | partial credit | extra objects |", "|---|---|---|---|---|"]
+        for name, row in [*self.tasks.items(), ("overall", self.overall)]:
+            cells = [f"{row[m]['mean']:.3f} ± {row[m]['error']:.3f}" for m in MEASURES]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+
+def evaluate(
+    policy: Any,
+    sampling: Sampling,
+    specs: Sequence[Spec] | None = None,
+    images_a_prompt: int = IMAGES_A_PROMPT,
+    seed: int = 1234,
+) -> Report:
+    """Draw ``images_a_prompt`` pictures of every spec (default: the held-out set) and judge them."""
+    specs = held_out_specs() if specs is None else list(specs)
+    specs = [spec for spec in specs for _ in range(images_a_prompt)]
+    tokens = sample(policy, [spec.prompt for spec in specs], seed, list(range(len(specs))), sampling).tokens
+    judgements = [judge_image(image, spec.metadata) for image, spec in zip(policy.decode(tokens), specs, strict=True)]
+    return summarize(specs, judgements, asdict(sampling) | {"seed": seed})
+
+
+def summarize(specs: Sequence[Spec], judgements: Sequence[Judgement], sampling: dict[str, Any]) -> Report:
+    """Means and standard errors of every task and of their mean."""
+    by_prompt: dict[str, dict[str, list[Judgement]]] = {tag: {} for tag in TASKS}
+    for spec, judgement in zip(specs, judgements, strict=True):
+        by_prompt[spec.tag].setdefault(spec.prompt, []).append(judgement)
+    tasks: dict[str, dict[str, dict[str, float]]] = {}
+    for tag, prompts in by_prompt.items():
+        if prompts:
+            tasks[tag] = {m: _mean_and_error([_mean(js, m) for js in prompts.values()]) for m in MEASURES}
+    overall = {
+        m: {
+            "mean": statistics.fmean(task[m]["mean"] for task in tasks.values()),
+            "error": math.sqrt(sum(task[m]["error"] ** 2 for task in tasks.values())) / len(tasks),
+        }
+        for m in MEASURES
+    }
+    return Report(tasks, overall, len(judgements), sampling)
+
+
+def _mean(judgements: Sequence[Judgement], measure: str) -> float:
+    return statistics.fmean(getattr(judgement, measure) for judgement in judgements)
+
+
+def _mean_and_error(values: list[float]) -> dict[str, float]:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "error": error}

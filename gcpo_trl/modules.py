@@ -1,0 +1,37 @@
+"""Which parts of an image model train, and the sentence that says so."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+
+def freeze_all_but(model: nn.Module, policy: Any, names: list[str] | None) -> None:
+    """Let only the named modules train; everything else (vision tower, aligners, VQ, unused text head) is frozen.
+
+    ``names`` are keys of ``policy.modules``; None means ``policy.default_modules``.
+    """
+    names = list(names) if names else list(policy.default_modules)
+    model.requires_grad_(False)
+    for name in names:
+        if name not in policy.modules:
+            near = difflib.get_close_matches(name, list(policy.modules), n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"train_modules has {name!r}; {hint}choose from {', '.join(policy.modules)}")
+        model.get_submodule(policy.modules[name]).requires_grad_(True)
+
+
+def train_report(model: nn.Module) -> str:
+    """One line: trained and frozen parameters by module, so that a run's log says what it trained."""
+    counts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        part = ".".join(p for p in name.split(".")[:4] if p not in ("model", "base_model"))
+        part = part.split(".")[0]
+        counts.setdefault(part, [0, 0])[parameter.requires_grad] += parameter.numel()
+    trained = sum(c[1] for c in counts.values())
+    total = sum(sum(c) for c in counts.values())
+    parts = ", ".join(f"{name} {c[1]:,}" for name, c in counts.items() if c[1])
+    frozen = ", ".join(name for name, c in counts.items() if not c[1])
+    return f"training {trained:,} of {total:,} parameters ({parts}); frozen: {frozen or 'nothing'}"

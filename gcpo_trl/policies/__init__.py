@@ -1,0 +1,28 @@
+"""Adapters, one file a model family: ``load(model_id)`` for a name, ``adapt(model, processor)`` for a loaded model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..plugins import available, resolve
+
+# transformers' ``config.model_type`` -> the file that adapts it; everything else is a text language model.
+FAMILIES = {"janus": "janus"}
+
+
+def family_of(config: Any) -> str:
+    """Name of the adapter for a model configuration."""
+    return FAMILIES.get(config.model_type, "text")
+
+
+def adapt(model: Any, processor: Any) -> Any:
+    """The policy around a loaded model (unwrapped: no PEFT, DDP or engine around it)."""
+    return resolve(family_of(model.config), __name__, "adapt")(model, processor)
+
+
+def load(model_id: str, family: str, **kwargs: Any) -> Any:
+    """Load a policy of a named family from a path or an id."""
+    return resolve(family, __name__, "load")(model_id, **kwargs)
+
+
+__all__ = ["FAMILIES", "adapt", "available", "family_of", "load"]

@@ -1,0 +1,75 @@
+"""What the rest of the code asks of a generator: five questions, the same for every family.
+
+    encode(prompts)                 -> PromptBatch
+    start / step                    -> logits of the next position, from a static cache with one prefill a prompt
+    logits at given positions       -> attach_head: the teacher-forced scoring that the trainer calls
+    decode(tokens)                  -> pictures
+    grid, token_table()             -> where tokens lie, and what they mean to the model
+
+A text language model answers the last two; TRL samples and scores it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts ready for sampling, left-padded to one length.
+
+    ids, mask, unconditional_ids: (prompts, seq); mask is 1 on real tokens. The unconditional ids share the mask.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    unconditional_ids: Tensor
+
+    def row_ids(self, row: int) -> list[int]:
+        """Ids of one prompt without its padding."""
+        return self.ids[row][self.mask[row].bool()].tolist()
+
+
+@dataclass(frozen=True)
+class NextLogits:
+    """Logits of the next token, ``(batch, vocab)``; ``unconditional`` is None when nothing guides."""
+
+    conditional: Tensor
+    unconditional: Tensor | None = None
+
+
+class Policy(Protocol):
+    """A generator whose tokens lie on a grid (images) or on a line (text)."""
+
+    generates_images: bool
+    grid: tuple[int, int] | None
+
+    def token_table(self, space: str) -> Tensor:
+        """Embedding of every token the policy can draw, ``(vocab, dim)``, no gradient."""
+        ...
+
+
+class ImagePolicy(Policy, Protocol):
+    """A generator of images of a fixed number of tokens."""
+
+    num_tokens: int
+
+    def encode(self, prompts: Sequence[Any]) -> PromptBatch: ...
+
+    def start(self, prompts: PromptBatch, rows: Tensor, guided: bool) -> tuple[Any, NextLogits]:
+        """Prefill each prompt once and fan out: row ``i`` of the batch continues prompt ``rows[i]``."""
+        ...
+
+    def step(self, state: Any, tokens: Tensor) -> NextLogits:
+        """Append one token a row, ``(batch,)``; ``state`` is advanced in place."""
+        ...
+
+    def decode(self, tokens: Tensor) -> list[Any]: ...
+
+    def attach_head(self, model: Any, temperature: float) -> None:
+        """Make ``model(..., labels=..., fused_lm_head=True)`` score image tokens with the image head."""
+        ...

@@ -1,0 +1,40 @@
+"""Log-probability and entropy of given tokens under a head, without ever holding ``(batch, seq, vocab)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..objective.signals import entropy
+
+CHUNK = 2048  # positions a tile: 2048 x 16384 fp32 logits are 134 MB
+
+
+def score_tokens(
+    head: Callable[[Tensor], Tensor],
+    hidden: Float[Tensor, "batch seq dim"],
+    tokens: Int[Tensor, "batch seq"],
+    temperature: float,
+    chunk: int = CHUNK,
+) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"]]:
+    """``(log_probs, entropies)`` of ``tokens``, fp32, tile by tile; tiles are recomputed in the backward pass.
+
+    Gradient: flows to ``hidden`` and the head.
+    """
+
+    def tile(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(states).float() / temperature
+        return logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0], entropy(logits)
+
+    flat, ids = hidden.flatten(0, 1), tokens.flatten()
+    several = len(flat) > chunk and torch.is_grad_enabled()
+    tiles = [
+        checkpoint(tile, states, part, use_reentrant=False) if several else tile(states, part)
+        for states, part in zip(flat.split(chunk), ids.split(chunk), strict=True)
+    ]
+    log_probs, entropies = (torch.cat(parts).view(tokens.shape) for parts in zip(*tiles, strict=True))
+    return log_probs, entropies

@@ -1,0 +1,218 @@
+"""Janus and Janus-Pro through transformers' own ``JanusForConditionalGeneration``.
+
+Image tokens live in their own vocabulary: they are embedded by ``generation_embeddings`` and ``generation_aligner`` and
+predicted by ``generation_head``. ``model.forward`` and ``get_output_embeddings`` know the text head only, which gives
+plausible and wrong log-probabilities for image tokens; `attach_head` replaces that path.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor, JanusForConditionalGeneration, StaticCache
+from transformers.utils import ModelOutput
+
+from .base import NextLogits, PromptBatch
+from .image_head import score_tokens
+
+DECODE_BATCH = 16  # pictures a call of the VQ decoder, whose activations dwarf its output
+
+
+@dataclass
+class ImageScores(ModelOutput):
+    """What the trainer reads after ``model(..., fused_lm_head=True)``: ``(batch, image tokens)`` each, fp32."""
+
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class DecodeState:
+    """A static cache over ``mask`` ``(rows, max_length)``, filled up to ``length``; rows are conditional first."""
+
+    cache: StaticCache
+    mask: Tensor
+    length: int
+    batch: int
+
+
+class JanusPolicy:
+    """The five questions for Janus. ``model`` is the plain module, also when PEFT or an engine wraps it elsewhere."""
+
+    generates_images = True
+    modules = {
+        "language_model": "model.language_model",
+        "generation_head": "model.generation_head",
+        "generation_aligner": "model.generation_aligner",
+        "generation_embeddings": "model.generation_embeddings",
+    }
+    default_modules = ("language_model",)
+
+    def __init__(self, model: JanusForConditionalGeneration, processor: Any) -> None:
+        self.model = model
+        self.processor = processor
+        tokenizer = processor.tokenizer
+        self.bos_id = tokenizer.bos_token_id
+        self.pad_id = tokenizer.pad_token_id
+        self.image_start_id = tokenizer.convert_tokens_to_ids(processor.image_start_token)
+        self.num_tokens = model.config.vision_config.num_image_tokens
+        side = model.config.vq_config.num_patches
+        if side * side != self.num_tokens:
+            raise ValueError(
+                f"the model draws {self.num_tokens} image tokens but its VQ decoder reads a {side}x{side} grid; "
+                "set vision_config.num_image_tokens to the square of image_size // patch_size"
+            )
+        self.grid = (side, side)
+
+    # encode
+
+    def encode(self, prompts: Sequence[Any]) -> PromptBatch:
+        """Prompts (strings, or conversations) as the processor makes them for image generation.
+
+        The unconditional prompt keeps BOS and begin-of-image and blanks every other id with padding, under the same
+        mask, as transformers' ``generate(generation_mode="image")`` does.
+        """
+        inputs = self.processor(
+            text=[self._template(prompt) for prompt in prompts],
+            generation_mode="image",
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        ids = inputs["input_ids"].to(self.model.device)
+        words = (ids != self.bos_id) & (ids != self.image_start_id)
+        return PromptBatch(ids, inputs["attention_mask"].to(ids.device), ids.masked_fill(words, self.pad_id))
+
+    def _template(self, prompt: Any) -> str:
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        messages = [
+            {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
+            for m in prompt
+        ]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    # start / step
+
+    @torch.no_grad()
+    def start(self, prompts: PromptBatch, rows: Tensor, guided: bool) -> tuple[DecodeState, NextLogits]:
+        """Prefill conditional and unconditional prompts once each, then copy their cache to the rows that need it."""
+        ids = torch.cat([prompts.ids, prompts.unconditional_ids]) if guided else prompts.ids
+        mask = prompts.mask.repeat(2, 1) if guided else prompts.mask
+        language_model = self.model.model.language_model
+        length = ids.shape[1]
+        cache = StaticCache(config=language_model.config, max_cache_len=length + self.num_tokens)
+        hidden = language_model(
+            inputs_embeds=language_model.embed_tokens(ids),
+            attention_mask=mask,
+            position_ids=positions(mask),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        rows = rows.to(ids.device)
+        both = torch.cat([rows, rows + len(prompts.ids)]) if guided else rows
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[both], layer.values[both]
+            layer.batch_size = len(both)
+        ahead = mask.new_ones(len(both), self.num_tokens)
+        state = DecodeState(cache, torch.cat([mask[both], ahead], dim=1), length, len(rows))
+        return state, self._next(hidden[both], state)
+
+    @torch.no_grad()
+    def step(self, state: DecodeState, tokens: Tensor) -> NextLogits:
+        """One token a row; the unconditional rows see the same token."""
+        if len(state.mask) > state.batch:
+            tokens = tokens.repeat(2)
+        state.length += 1
+        mask = state.mask[:, : state.length]
+        hidden = self.model.model.language_model(
+            inputs_embeds=self.model.prepare_embeddings_for_image_generation(tokens[:, None]),
+            attention_mask=mask,
+            position_ids=mask.sum(-1, keepdim=True) - 1,
+            past_key_values=state.cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        return self._next(hidden, state)
+
+    def _next(self, hidden: Tensor, state: DecodeState) -> NextLogits:
+        logits = self.model.model.generation_head(hidden)
+        if len(logits) == state.batch:
+            return NextLogits(logits)
+        return NextLogits(logits[: state.batch], logits[state.batch :])
+
+    # logits at given positions
+
+    def attach_head(self, model: JanusForConditionalGeneration, temperature: float) -> None:
+        """Patch ``model.forward`` (TRL's ``fused_lm_head`` contract): labels that are not -100 are image tokens.
+
+        The last ``num_tokens`` columns of ``input_ids`` are image tokens, the ones before them text.
+        """
+        original, num_tokens = model.forward, self.num_tokens
+
+        def forward(module: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+            if not fused_lm_head:
+                return original(*args, **kwargs)
+            return teacher_forced(module, kwargs["input_ids"], kwargs["attention_mask"], num_tokens, temperature)
+
+        model.forward = types.MethodType(forward, model)
+
+    # decode, layout
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> list[Image.Image]:
+        """Pictures of token grids ``(batch, seq)``; levels are cut to whole numbers as the processor's postprocess does."""
+        pixels = torch.cat([self.model.decode_image_tokens(part) for part in tokens.split(DECODE_BATCH)])
+        levels = ((pixels.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).cpu().numpy()
+        return [Image.fromarray(picture) for picture in levels]
+
+    @torch.no_grad()
+    def token_table(self, space: str = "aligner") -> Tensor:
+        """``aligner``: what the language model reads (the authors' choice for Janus). ``codebook``: the VQ codes."""
+        if space == "codebook":
+            return self.model.model.vqmodel.quantize.embedding.weight
+        codes = torch.arange(self.model.config.vq_config.num_embeddings, device=self.model.device)
+        return self.model.prepare_embeddings_for_image_generation(codes)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids that start at 0 on the first real token of a left-padded row."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def teacher_forced(
+    model: JanusForConditionalGeneration, input_ids: Tensor, attention_mask: Tensor, num_tokens: int, temperature: float
+) -> ImageScores:
+    """Score the image tokens that end ``input_ids`` ``(batch, prompt + num_tokens)`` with the image head.
+
+    Position t is predicted from the hidden state one before it. Gradient: flows to the language model and the head.
+    """
+    prompt, tokens = input_ids[:, :-num_tokens], input_ids[:, -num_tokens:]
+    language_model = model.model.language_model
+    # The last token predicts nothing, so it is not fed.
+    embeddings = torch.cat(
+        [language_model.embed_tokens(prompt), model.prepare_embeddings_for_image_generation(tokens[:, :-1])], dim=1
+    )
+    mask = attention_mask[:, :-1]
+    hidden = language_model(
+        inputs_embeds=embeddings, attention_mask=mask, position_ids=positions(mask), use_cache=False
+    ).last_hidden_state[:, -num_tokens:]
+    log_probs, entropies = score_tokens(model.model.generation_head, hidden, tokens, temperature)
+    return ImageScores(log_probs=log_probs, entropy=entropies)
+
+
+def adapt(model: JanusForConditionalGeneration, processor: Any) -> JanusPolicy:
+    """The policy around a loaded model."""
+    return JanusPolicy(model, processor)
+
+
+def load(model_id: str, **kwargs: Any) -> JanusPolicy:
+    """Load model and processor from a path or an id; keyword arguments go to ``from_pretrained``."""
+    model = JanusForConditionalGeneration.from_pretrained(model_id, **kwargs).eval()
+    return JanusPolicy(model, AutoProcessor.from_pretrained(model_id))

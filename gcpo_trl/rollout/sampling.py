@@ -1,0 +1,55 @@
+"""One sampling step: guide, warp, draw. Pure functions on logits ``(batch, vocab)``."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def guide(
+    conditional: Float[Tensor, "batch vocab"], unconditional: Float[Tensor, "batch vocab"] | None, scale: float
+) -> Float[Tensor, "batch vocab"]:
+    """Classifier-free guidance as LlamaGen and Janus write it, ``u + scale * (c - u)``, fp32; 1 means no guidance."""
+    if unconditional is None:
+        return conditional.float()
+    return unconditional.float() + scale * (conditional.float() - unconditional.float())
+
+
+def warp(
+    logits: Float[Tensor, "batch vocab"], temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> Float[Tensor, "batch vocab"]:
+    """Temperature, then top-k, then top-p, in transformers' order; excluded logits become -inf. 0 and 1 switch off."""
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        # A token stays while the mass before it is below top_p, so the best one always stays.
+        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), -torch.inf)
+    return logits
+
+
+def draw(logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """Inverse-CDF sampling: the first token whose cumulative probability exceeds ``uniform`` in [0, 1).
+
+    One number a row decides the token, so a row's tokens depend on nothing but its logits and its own generator.
+    """
+    cumulative = logits.softmax(-1).double().cumsum(-1)
+    target = uniform.double()[:, None] * cumulative[:, -1:]
+    return (cumulative <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def uniforms(seed: int, indices: list[int], count: int) -> Float[Tensor, "batch count"]:
+    """Random numbers in [0, 1) for samples known by their global index: one CPU generator each.
+
+    The same on every device and however samples are split into batches or ranks.
+    """
+    generator = torch.Generator()
+    rows = []
+    for index in indices:
+        generator.manual_seed((seed * 1_000_003 + index) % 2**63)
+        rows.append(torch.rand(count, generator=generator))
+    return torch.stack(rows)

@@ -1,0 +1,285 @@
+"""GRPO on the critical tokens of images: `GCPOTrainer` overrides `trl.GRPOTrainer` and holds no algorithm.
+
+    prompt -> rollout -> reward -> advantages -> critical tokens -> weight -> loss
+
+`_generate` is the rollout, `_calculate_rewards` hands over pictures, `_generate_and_score_completions` picks the
+critical tokens, `_get_per_token_logps_and_entropies` applies the weight; advantages and loss are TRL's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from trl import GRPOTrainer
+
+from . import trl_compat
+from .checks import check_dataset, check_image_settings, first_non_finite, load_config
+from .config import GCPOConfig
+from .modules import freeze_all_but, train_report
+from .objective.selection import critical_tokens
+from .objective.signals import Signals, group_similarity_from_ids
+from .objective.weighting import advantage_weight
+from .policies import adapt, family_of
+from .rewards import load_reward
+from .rollout import Rollout, Sampling, sample
+
+logger = logging.getLogger(__name__)
+
+EVAL_SEED_OFFSET = 7_919  # keeps evaluation images apart from training images of the same seed
+
+
+class GCPOTrainer(GRPOTrainer):
+    """`trl.GRPOTrainer` that trains image (and text) policies on critical tokens with a dynamic advantage weight.
+
+    Takes GRPOTrainer's arguments; ``args`` is a `GCPOConfig`. A plain `GRPOConfig` trains exactly as GRPOTrainer would.
+    For an image policy the reward functions receive PIL images as ``completions`` and may return None for an image that
+    they could not score.
+
+    Source: Group Critical-token Policy Optimization, Eqs. 4 to 8.
+    """
+
+    _tag_names = ["trl", "gcpo"]
+    _name = "GCPO"
+    _paper = {"title": "Group Critical-token Policy Optimization for Autoregressive Image Generation"}
+
+    # Class-level defaults: parts of TRL and its tests build trainers without __init__.
+    policy: Any = None
+    _rollout: Rollout | None = None
+    _images: list[Any] | None = None
+    _to_weight: dict[str, Any] | None = None
+    _eval_samples = 0
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+    ) -> None:
+        config = load_config(model)
+        draws_images = family_of(config) != "text"
+        if args is None:
+            name = getattr(config, "_name_or_path", "").rstrip("/").split("/")[-1] or config.model_type
+            args = GCPOConfig(f"{name}-GCPO")
+        elif not isinstance(args, GCPOConfig):
+            logger.warning("args is a %s: training is plain GRPO; pass a GCPOConfig", type(args).__name__)
+            args = GCPOConfig.plain(args)
+        if draws_images:
+            check_image_settings(args, config)
+            check_dataset(train_dataset)
+            reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+            reward_funcs = [load_reward(reward) for reward in reward_funcs]
+        with trl_compat.reference_built(args, model, needed=args.needs_weight):
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
+        self.beta = args.beta
+        self.policy = adapt(self._plain(self.model), self.processing_class)
+        if draws_images:
+            self._prepare_image_policy()
+
+    def _prepare_image_policy(self) -> None:
+        """Freeze what does not train, and score with the image head on policy and reference."""
+        plain = self._plain(self.model)
+        if plain is self.accelerator.unwrap_model(self.model):  # with PEFT the adapter decides what trains
+            freeze_all_but(plain, self.policy, self.args.train_modules)
+        logger.info(train_report(self.model))
+        self.policy.attach_head(plain, self.temperature)
+        if self.ref_model is not None:
+            self.policy.attach_head(self._plain(self.ref_model), self.temperature)
+
+    def _plain(self, model: Any) -> Any:
+        """The model without engine and without PEFT around it."""
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # rollout
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """Draw one image a prompt; TRL sees token ids and a label, the pictures wait for the rewards."""
+        if self.policy is None or not self.policy.generates_images:
+            return super()._generate(prompts)
+        training, start = self.model.training, time.perf_counter()
+        with trl_compat.generation_context(self):
+            self.model.eval()
+            encoded = self.policy.encode(prompts)
+            self._rollout = self._sample(prompts)
+            self._images = self.policy.decode(self._rollout.tokens)
+            self.model.train(training)
+        tokens = self._rollout.tokens
+        self._log_mean("gcpo/rollout/tokens_per_s", tokens.numel() / (time.perf_counter() - start))
+        labels = [f"image {index} of step {self.state.global_step}" for index in range(len(prompts))]
+        ids = [encoded.row_ids(row) for row in range(len(prompts))]
+        return trl_compat.eight_of_generate(ids, tokens.tolist(), labels)
+
+    def _sample(self, prompts: list[Any]) -> Rollout:
+        args = self.args
+        sampling = Sampling(
+            guidance_scale=args.rollout_guidance_scale,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            batch_size=args.rollout_batch_size,
+            entropy_from=args.select_entropy_from,
+        )
+        rank, count, world = self.accelerator.process_index, len(prompts), self.accelerator.num_processes
+        if self.model_wrapped.training or self.model.training:
+            first, seed = self._micro_step() * count * world, args.seed
+        else:
+            first, seed = self._eval_samples, args.seed + EVAL_SEED_OFFSET
+            self._eval_samples += count * world
+        indices = range(first + rank * count, first + (rank + 1) * count)
+        try:
+            return sample(self.policy, prompts, seed, list(indices), sampling)
+        except FloatingPointError as error:
+            where = first_non_finite(self._plain(self.model))
+            raise FloatingPointError(f"step {self.state.global_step}: {error}; {where}") from error
+
+    def _micro_step(self) -> int:
+        """Batches seen since the start of training, also after a resume, where TRL's own counter starts at 0."""
+        accumulation = self.args.gradient_accumulation_steps
+        return self.state.global_step * accumulation + self._step % accumulation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """GRPOTrainer's evaluation; every call draws its images from the same seeds."""
+        self._eval_samples = 0
+        return super().evaluate(*args, **kwargs)
+
+    # reward
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """Rewards of pictures, not of their labels."""
+        if self._images is not None:
+            completions = self._images
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+    # critical tokens
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's batch, its loss mask narrowed to the critical tokens (before TRL shuffles groups apart)."""
+        with trl_compat.reference_scored(self, needed=self.args.needs_weight):
+            batch = super()._generate_and_score_completions(inputs)
+        if self.args.selects_everything:
+            return batch
+        masks = critical_tokens(
+            self._signals(batch),
+            strategies=self.args.select_strategies,
+            fraction=self.args.select_fraction,
+            combine=self.args.select_combine,
+            window=tuple(self.args.select_window),
+            complement=self.args.select_complement,
+        )
+        for name, mask in masks.items():
+            self._log_mean(f"gcpo/select/{'fraction' if name == 'critical' else name}", mask, self._valid(batch))
+        return trl_compat.with_critical_mask(self, batch, masks["critical"])
+
+    def _signals(self, batch: dict[str, Any]) -> Signals:
+        valid = self._valid(batch)
+        entropy = self._rollout.entropy if self._rollout is not None else self._text_entropy(batch)
+        self._log_mean("gcpo/entropy/all", entropy, valid)
+        seed = (self.args.seed * 1_000_003 + self._micro_step()) * self.accelerator.num_processes
+        generator = torch.Generator().manual_seed(seed + self.accelerator.process_index)
+        return Signals(entropy, self._similarity(batch, valid), valid, self.policy.grid, generator)
+
+    def _valid(self, batch: dict[str, Any]) -> Tensor:
+        """True on tokens that the policy drew: not padding, not a tool's answer."""
+        return (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
+
+    def _similarity(self, batch: dict[str, Any], valid: Tensor) -> Tensor:
+        """Group similarity of each position; token ids are gathered, because a group may span ranks."""
+        mode = "train" if self.model.training else "eval"
+        group = self.num_generations if mode == "train" else self.num_generations_eval
+        accelerator, (rows, seq) = self.accelerator, valid.shape
+        ids, alive = (
+            accelerator.gather(accelerator.pad_across_processes(x.contiguous(), dim=1))
+            for x in (batch["completion_ids"], valid.long())
+        )
+        used, ids = ids.unique(return_inverse=True)  # a text vocabulary is far larger than a batch
+        similarity = group_similarity_from_ids(
+            rearrange(ids, "(prompts group) seq -> prompts group seq", group=group),
+            self.policy.token_table(self.args.select_similarity_space)[used],
+            rearrange(alive.bool(), "(prompts group) seq -> prompts group seq", group=group),
+        ).repeat_interleave(group, dim=0)
+        first = accelerator.process_index * rows
+        return similarity[first : first + rows, :seq]
+
+    @torch.no_grad()
+    def _text_entropy(self, batch: dict[str, Any]) -> Tensor:
+        """Entropy of each token under the policy; text is sampled by TRL, which keeps none."""
+        _, entropy, _ = super()._get_per_token_logps_and_entropies(
+            self.model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].shape[1],
+            batch_size=self.args.per_device_train_batch_size,
+            compute_entropy=True,
+        )
+        return entropy
+
+    # weight and loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss on advantages that the weight multiplies, token by token."""
+        inputs = dict(inputs)  # the rollout buffer is used again when num_iterations > 1
+        self._to_weight = inputs if self.args.needs_weight else None
+        loss = super()._compute_loss(model, inputs)
+        if not torch.isfinite(loss):
+            where = first_non_finite(self._plain(self.model))
+            raise FloatingPointError(f"step {self.state.global_step}: the loss is {loss.item()}; {where}")
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Inside the loss, TRL reads the advantages after this call, so the weight sees the current policy."""
+        scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        inputs, self._to_weight = self._to_weight, None
+        if inputs is not None:
+            valid = inputs["completion_mask"].bool()
+            weight = advantage_weight(
+                scores[0],
+                inputs["ref_per_token_logps"],
+                valid,
+                clip=self.args.weight_clip,
+                form=self.args.weight_form,
+                detach=self.args.weight_detach,
+            )
+            inputs["advantages"] = inputs["advantages"][:, None] * weight
+            self._log_mean("gcpo/weight/mean", weight, self._valid(inputs))
+        return scores
+
+    # metrics
+
+    def _log_mean(self, name: str, values: Tensor | float, mask: Tensor | None = None) -> None:
+        """Mean over all ranks, as a sum and a count; with ``mask``, over its True positions."""
+        values = torch.as_tensor(values, dtype=torch.float32, device=self.accelerator.device).detach()
+        mask = torch.ones_like(values) if mask is None else mask.float()
+        total, count = self.accelerator.reduce(torch.stack([(values * mask).sum(), mask.sum()]), reduction="sum")
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][name].append((total / count.clamp(min=1)).item())

@@ -1,0 +1,81 @@
+"""The one file that knows TRL's private names (TRL 1.16). Each use is pinned by a test in tests/contract.
+
+Nothing of TRL's loss is copied: masks enter through ``tool_mask``, weights through ``advantages``, both of which
+``GRPOTrainer._compute_loss`` reads by design.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import trl.trainer.grpo_trainer as grpo
+from torch import Tensor
+from trl.models.utils import unwrap_model_for_generation
+
+ANY_BETA = 1.0  # not zero, so that TRL builds and runs the reference; the KL term never sees it
+
+
+@contextlib.contextmanager
+def reference_built(args: Any, model: Any, needed: bool) -> Iterator[None]:
+    """Around ``GRPOTrainer.__init__``: build a ``needed`` reference also for ``beta=0`` and for a model in memory.
+
+    TRL skips the reference when beta is 0, and otherwise reloads it from ``config._name_or_path``, which a model that
+    was never saved does not have; such a model is copied instead, before anything trains.
+    """
+    beta, create = args.beta, grpo.create_model_from_path
+    if not isinstance(model, str) and not getattr(model.config, "_name_or_path", ""):
+        grpo.create_model_from_path = lambda *_, **__: copy.deepcopy(model).requires_grad_(False)
+    if needed and beta == 0.0:
+        args.beta = ANY_BETA
+    try:
+        yield
+    finally:
+        args.beta, grpo.create_model_from_path = beta, create
+
+
+@contextlib.contextmanager
+def reference_scored(trainer: Any, needed: bool) -> Iterator[None]:
+    """Around rollout scoring: with ``beta=0`` TRL scores no reference, so beta is lent a value where one is needed."""
+    beta = trainer.beta
+    if needed and beta == 0.0:
+        trainer.beta = ANY_BETA
+    try:
+        yield
+    finally:
+        trainer.beta = beta
+
+
+def generation_context(trainer: Any) -> contextlib.ExitStack:
+    """Unwrapped weights (gathered under ZeRO-3), no gradients, no gradient checkpointing: TRL's own way to generate."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(
+        unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+        )
+    )
+    stack.enter_context(torch.no_grad())
+    stack.enter_context(trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False))
+    return stack
+
+
+def with_critical_mask(trainer: Any, batch: dict[str, Any], critical: Tensor) -> dict[str, Any]:
+    """The batch with only ``critical`` tokens in its loss: TRL multiplies ``tool_mask`` into the loss mask.
+
+    ``num_items_in_batch``, which normalises the token-level losses, is counted again over all ranks.
+    """
+    tool_mask = batch.get("tool_mask")
+    mask = critical.long() if tool_mask is None else critical.long() * tool_mask
+    items = trainer.accelerator.gather((batch["completion_mask"] * mask).sum()).sum()
+    return {**batch, "tool_mask": mask, "num_items_in_batch": items}
+
+
+def eight_of_generate(prompt_ids: list[list[int]], tokens: list[list[int]], labels: list[str]) -> tuple[Any, ...]:
+    """What ``_generate`` returns: prompt ids, completion ids, tool mask, completions, log-probs, extra, images (2x)."""
+    return prompt_ids, tokens, None, labels, None, {}, None, []
