@@ -21,7 +21,9 @@ def check_image_settings(args: Any, config: Any) -> None:
     """Settings of `GRPOConfig` that have no meaning for images, or that would silently spoil them."""
     if args.use_vllm or args.use_transformers_continuous_batching:
         name = "use_vllm" if args.use_vllm else "use_transformers_continuous_batching"
-        raise ValueError(f"{name}=True, but {config.model_type} draws images with gcpo_trl's own sampler; set it to False")
+        raise ValueError(
+            f"{name}=True, but {config.model_type} draws images with gcpo_trl's own sampler; set it to False"
+        )
     if args.mask_truncated_completions:
         raise ValueError(
             "mask_truncated_completions=True, but images never end with an end-of-sequence token, so every image would "
@@ -40,12 +42,14 @@ def check_dataset(dataset: Any) -> None:
     if columns is None:
         return
     if "prompt" not in columns:
-        raise ValueError(f"the dataset has columns {sorted(columns)} but no 'prompt'; rename the caption column to 'prompt'")
+        raise ValueError(
+            f"the dataset has columns {sorted(columns)} but no 'prompt'; rename the caption column to 'prompt'"
+        )
     taken = sorted({"image", "images"} & set(columns))
     if taken:
         raise ValueError(
-            f"the dataset has a column {taken[0]!r}, which TRL reads as picture input of a conversation; rename it, for "
-            "example to 'reference_image'"
+            f"the dataset has a column {taken[0]!r}, which TRL reads as picture input of a conversation; rename it, "
+            "for example to 'reference_image'"
         )
 
 

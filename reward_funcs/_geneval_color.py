@@ -43,12 +43,13 @@ class ColorClassifier:
 @functools.cache
 def load_color_classifier(model_id: str, device: str) -> ColorClassifier:
     """Load once a process."""
+    import torch
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     logger.info("GenEval (HF Mask2Former): loading the colour classifier %s on %s", model_id, device)
     try:
         with whole_weights():
-            model: Any = CLIPModel.from_pretrained(model_id)
+            model: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(model_id)
     except OSError as error:
         raise FileNotFoundError(

@@ -82,12 +82,13 @@ class Detector:
 @functools.cache
 def load_detector(model_id: str, device: str) -> Detector:
     """Load once a process."""
+    import torch
     from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
 
     logger.info("GenEval (HF Mask2Former): loading the detector %s on %s", model_id, device)
     try:
         with whole_weights():
-            model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(model_id)
+            model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(model_id, dtype=torch.float32)
     except OSError as error:
         raise FileNotFoundError(
             f"the GenEval detector {model_id!r} is neither a local folder nor downloadable here: run "

@@ -1,8 +1,8 @@
 """Judge of the shapes world, from pixels alone: find the shapes, then apply GenEval's rule and an exact inventory.
 
 Finding: pixels that are not background grey form connected components; each component's colour is the nearest palette
-entry of its pixels, its class the outline that overlaps it best. Nothing of the renderer is read: the outlines below are
-drawn here, from their own formulas.
+entry of its pixels, its class the outline that overlaps it best. Nothing of the renderer is read: the outlines below
+are drawn here, from their own formulas.
 
 Values:
     ``inventory``  partial credit in [0, 1], 1 only for exactly the objects asked for (default for training)
@@ -139,7 +139,7 @@ def detect(image: Any) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judge says of one picture; ``extra`` is the number of objects beyond those asked for (may be negative)."""
+    """What the judge says of one picture; ``extra`` is the number of objects beyond those asked for, or below 0."""
 
     inventory: float
     exact: float

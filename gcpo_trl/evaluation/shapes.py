@@ -24,7 +24,7 @@ MEASURES = ("exact", "correct", "inventory", "extra")
 
 @dataclass(frozen=True)
 class Report:
-    """``tasks[task][measure]`` and ``overall[measure]`` are ``{"mean", "error"}``; ``extra`` counts objects an image."""
+    """``tasks[task][measure]`` and ``overall[measure]`` are ``{"mean", "error"}``; ``extra`` is objects an image."""
 
     tasks: dict[str, dict[str, dict[str, float]]]
     overall: dict[str, dict[str, float]]
@@ -36,7 +36,10 @@ class Report:
 
     def table(self) -> str:
         """Markdown: a row a task, ``mean ± standard error``."""
-        lines = ["| task | exact | correct (extras allowed) | partial credit | extra objects |", "|---|---|---|---|---|"]
+        lines = [
+            "| task | exact | correct (extras allowed) | partial credit | extra objects |",
+            "|---|---|---|---|---|",
+        ]
         for name, row in [*self.tasks.items(), ("overall", self.overall)]:
             cells = [f"{row[m]['mean']:.3f} ± {row[m]['error']:.3f}" for m in MEASURES]
             lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -167,7 +167,7 @@ class JanusPolicy:
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> list[Image.Image]:
-        """Pictures of token grids ``(batch, seq)``; levels are cut to whole numbers as the processor's postprocess does."""
+        """Pictures of token grids ``(batch, seq)``; levels are cut, not rounded, as the processor does."""
         pixels = torch.cat([self.model.decode_image_tokens(part) for part in tokens.split(DECODE_BATCH)])
         levels = ((pixels.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).cpu().numpy()
         return [Image.fromarray(picture) for picture in levels]

@@ -6,6 +6,8 @@ Everything is saved in transformers' layout, so that ``JanusForConditionalGenera
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -79,12 +81,12 @@ def build_processor() -> JanusProcessor:
     image_processor = JanusImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, min_size=IMAGE_SIZE // 2, do_pad=True
     )
-    return JanusProcessor(
-        image_processor, build_tokenizer(), chat_template=CHAT_TEMPLATE, num_image_tokens=GRID * GRID
-    )
+    return JanusProcessor(image_processor, build_tokenizer(), chat_template=CHAT_TEMPLATE, num_image_tokens=GRID * GRID)
 
 
-def build_model(vq_config: JanusVQVAEConfig, hidden_size: int, layers: int, heads: int) -> JanusForConditionalGeneration:
+def build_model(
+    vq_config: JanusVQVAEConfig, hidden_size: int, layers: int, heads: int
+) -> JanusForConditionalGeneration:
     """A randomly initialised Janus whose image side is ``vq_config`` and whose understanding tower is minimal."""
     tokenizer = build_tokenizer()
     vision = JanusVisionConfig(
@@ -125,3 +127,15 @@ def build_model(vq_config: JanusVQVAEConfig, hidden_size: int, layers: int, head
         max_length=text.max_position_embeddings,
     )
     return model
+
+
+def save_atomically(model: JanusForConditionalGeneration, processor: JanusProcessor, folder: Path) -> None:
+    """Save both under ``folder``, which appears only once it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        shutil.copytree(temporary, folder.with_name(folder.name + ".new"))
+        folder.with_name(folder.name + ".new").rename(folder)

@@ -129,12 +129,9 @@ def place(objects: Iterable[tuple[str, str, tuple[int, int]]], generator: random
 
 def draw(spec: Spec, generator: random.Random) -> Image.Image:
     """A picture in which exactly the objects of ``spec`` appear; colours not named are drawn at random."""
-    shapes = [
-        (item.shape, item.color or generator.choice(COLORS)) for item in spec.items for _ in range(item.count)
-    ]
+    shapes = [(item.shape, item.color or generator.choice(COLORS)) for item in spec.items for _ in range(item.count)]
     if spec.relation:
         slots = _related_slots(spec.relation, generator)
     else:
         slots = generator.sample([(row, column) for row in range(SLOTS) for column in range(SLOTS)], len(shapes))
     return place([(shape, color, slot) for (shape, color), slot in zip(shapes, slots, strict=True)], generator)
-

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import JanusForConditionalGeneration, JanusProcessor, JanusVQVAE
 
-from .grammar import COLORS, INVERSE, SHAPES, TASKS, Item, Spec, split_specs
+from .grammar import COLORS, INVERSE, SHAPES, TASKS, Item, Spec, all_specs, split_specs
 from .renderer import draw
 from .train_tokenizer import encode
 
@@ -67,6 +67,13 @@ def scenes(count: int, seed: int, noise: float = CAPTION_NOISE) -> tuple[list[st
         captions.append(spec.prompt)
         pictures.append(np.asarray(draw(drawn, generator)))
     return captions, np.stack(pictures)
+
+
+def any_scenes(count: int, seed: int) -> np.ndarray:
+    """uint8 pictures ``(count, height, width, 3)`` of any spec: the image tokenizer never sees a caption."""
+    generator = random.Random(seed)
+    pools = [all_specs(tag) for tag in TASKS]
+    return np.stack([np.asarray(draw(generator.choice(pools[i % len(pools)]), generator)) for i in range(count)])
 
 
 def encode_captions(processor: JanusProcessor, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -118,6 +125,7 @@ def train_policy(
     trained = [*model.model.language_model.parameters(), *model.model.generation_embeddings.parameters()]
     trained += [*model.model.generation_aligner.parameters(), *model.model.generation_head.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    model.set_attn_implementation("eager")  # twice as fast as sdpa in bf16 on a CPU at this size
     model.train()
     round_, losses, order = 0, [], torch.empty(0, dtype=torch.long)
     bar = tqdm(range(steps), desc="tiny Janus", mininterval=5)
@@ -140,4 +148,5 @@ def train_policy(
         if step % 20 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
     model.eval()
+    model.set_attn_implementation("sdpa")
     return {"loss": float(np.mean(losses[-200:]))}

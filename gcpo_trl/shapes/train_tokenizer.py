@@ -1,9 +1,9 @@
 """Trains the image tokenizer of the shapes world: transformers' ``JanusVQVAE``, from scratch, on rendered scenes.
 
-``JanusVQVAE.forward`` passes no gradient from the reconstruction to the encoder, so the training forward is written out
-here around its modules: a warm-up without quantisation, k-means for the codebook, then straight-through quantisation.
-Latents and codes live on the unit sphere, because ``decode`` normalises the codes it looks up; with a unit-norm codebook
-``encode``'s Euclidean search finds the same code as the cosine search used in training.
+``JanusVQVAE.forward`` passes no gradient from the reconstruction to the encoder, so the training forward is written
+out here around its modules: a warm-up without quantisation, k-means for the codebook, then straight-through
+quantisation. Latents and codes live on the unit sphere, because ``decode`` normalises the codes it looks up; with a
+unit-norm codebook ``encode``'s Euclidean search finds the same code as the cosine search used in training.
 """
 
 from __future__ import annotations

@@ -1,0 +1,62 @@
+# `make install` once; every target calls it again only when setup.cfg, pyproject.toml or constraints.txt changed.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := deepspeed,wandb,viz,dev
+PIP := $(BIN)/python -m pip
+
+# Nothing here needs the network after `make install`.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export WANDB_MODE ?= offline
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install check layers sizes smoke test demo learn gpu shapes-model format
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  \1\t/' | expand -t 18
+
+install: $(STAMP)  ## an editable install with the dev extras, in $(VENV)
+
+# torch first and alone: a build that is there, CPU or CUDA, then satisfies everything that asks for torch.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch==2.13.0
+	$(PIP) install -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+check: $(STAMP)  ## ruff, format, mypy, layers, sizes, unit and contract tests: no network, no GPU
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m 'not smoke' tests/unit tests/contract
+
+layers: $(STAMP)  ## imports go down only
+	$(BIN)/pytest tests/contract/test_layers.py tests/contract/test_import_is_light.py
+
+sizes: $(STAMP)  ## functions and files stay short, and a few things stay out
+	$(BIN)/pytest tests/contract/test_sizes.py
+
+smoke: $(STAMP)  ## two training steps of each shapes recipe through the command line
+	$(BIN)/pytest -m smoke tests/smoke
+
+test: check smoke  ## check and smoke: what CI runs
+
+demo: $(STAMP)  ## the main job: train, evaluate, pictures
+	$(BIN)/gcpo demo
+
+learn: $(STAMP)  ## the comparison of arms on the shapes world
+	$(BIN)/gcpo learn
+
+gpu: $(STAMP)  ## parity on real weights; set GCPO_WEIGHTS
+	$(BIN)/pytest -m 'gpu or weights' tests
+
+shapes-model: $(STAMP)  ## rebuild the tiny model of the shapes world
+	$(BIN)/gcpo shapes-model
+
+format: $(STAMP)  ## ruff's fixes and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

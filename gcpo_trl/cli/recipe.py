@@ -1,0 +1,87 @@
+"""Recipes: YAML files of settings, which are valid Python at the same time.
+
+``accelerate launch recipes/shapes_gcpo.yaml`` runs the file with Python. Every ``key: value`` line is an annotation
+there and does nothing; the last line, ``launch: object = ...run_recipe(__file__)``, is an assignment, so it is
+executed, and starts the run. YAML reads the same line as one more key, which is dropped.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import ModelConfig, TrlParser
+
+from ..config import GCPOConfig
+
+LAUNCH_KEY = "launch"
+
+
+@dataclass
+class RunArguments:
+    """What a run needs beside `GCPOConfig` and TRL's ModelConfig."""
+
+    dataset_name: str = field(
+        default="shapes",
+        metadata={"help": "'shapes', a .jsonl, .json, .csv, .parquet or .txt file (one prompt a line), or a hub id."},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
+    dataset_size: int = field(default=4096, metadata={"help": "Prompts drawn from the shapes world."})
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["shapes"],
+        metadata={"help": "Rewards: names of files in reward_funcs, or 'package.module:function'."},
+    )
+    resume: bool = field(default=False, metadata={"help": "Continue from the last complete checkpoint in output_dir."})
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The settings of a recipe file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {str(path)!r}; give the path of a YAML file")
+    settings = yaml.safe_load(path.read_text())
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}; a recipe is a list of 'key: value' lines")
+    settings.pop(LAUNCH_KEY, None)
+    return settings
+
+
+def parse(arguments: list[str]) -> tuple[RunArguments, GCPOConfig, ModelConfig]:
+    """``[RECIPE] [--key value ...]`` -> settings; the command line overrides the recipe.
+
+    Raises ValueError naming the nearest known key for a key that does not exist.
+    """
+    arguments = list(arguments)
+    if arguments and arguments[0] == "--config":
+        arguments.pop(0)
+    parser = TrlParser((RunArguments, GCPOConfig, ModelConfig))
+    known = {action.dest for action in parser._actions} - {"help"}
+    if arguments and not arguments[0].startswith("--"):
+        settings = read_recipe(arguments.pop(0))
+        for key, value in settings.pop("env", {}).items():
+            os.environ[key] = str(value)
+        _check_keys(settings, known, "the recipe")
+        parser.set_defaults_with_config(**settings)
+    given = {a[2:].split("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
+    _check_keys(given - {"help"}, known | {f"no_{key}" for key in known}, "the command line")
+    return parser.parse_args_into_dataclasses(args=arguments)
+
+
+def _check_keys(keys: Any, known: set[str], where: str) -> None:
+    for key in sorted(keys):
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"{where} has an unknown key {key!r}{hint}")
+
+
+def run_recipe(path: str) -> None:
+    """Train as a recipe says; the entry of ``accelerate launch recipe.yaml --key value``."""
+    from .main import main
+
+    raise SystemExit(main(["train", path, *sys.argv[1:]]))

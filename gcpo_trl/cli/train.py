@@ -1,0 +1,66 @@
+"""``gcpo train RECIPE [--key value]``: build a trainer from settings and run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import ProgressCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from ..config import GCPOConfig
+from ..rewards import load_reward
+from ..shapes.build import CHECKPOINT
+from .datasets import load_prompts
+from .recipe import RunArguments, parse
+
+SHIPPED = {"shapes-janus": str(CHECKPOINT)}
+
+
+class RewardProgress(ProgressCallback):
+    """transformers' progress bar with the mean reward of the last logged step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "reward" in logs:
+            self.training_bar.set_postfix(reward=f"{float(logs['reward']):.3f}", refresh=False)
+
+
+def build_trainer(run: RunArguments, args: GCPOConfig, model_args: ModelConfig, callbacks: Any = None) -> Any:
+    """The trainer a recipe describes; names are resolved before any weight is loaded."""
+    from ..trainer import GCPOTrainer
+
+    if not model_args.model_name_or_path:
+        raise ValueError("model_name_or_path is missing; give a path, a hub id or 'shapes-janus'")
+    rewards = [load_reward(name) for name in run.reward_funcs]
+    dataset = load_prompts(run.dataset_name, run.dataset_split, run.dataset_size, args.seed)
+    args.model_init_kwargs = {"dtype": model_args.dtype or "float32"} | dict(args.model_init_kwargs or {})
+    if model_args.attn_implementation:
+        args.model_init_kwargs["attn_implementation"] = model_args.attn_implementation
+    set_seed(args.seed)
+    trainer = GCPOTrainer(
+        model=SHIPPED.get(model_args.model_name_or_path, model_args.model_name_or_path),
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=dataset,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(ProgressCallback)
+    if not args.disable_tqdm:
+        trainer.add_callback(RewardProgress)
+    return trainer
+
+
+def prepare(arguments: list[str]) -> Callable[[], int]:
+    """Parse, check and build; the returned function trains and saves model and processor to ``output_dir``."""
+    run, args, model_args = parse(arguments)
+    trainer = build_trainer(run, args, model_args)
+
+    def train() -> int:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if run.resume else None)
+        trainer.save_model(args.output_dir)
+        return 0
+
+    return train
