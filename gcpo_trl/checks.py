@@ -33,7 +33,21 @@ def check_image_settings(args: Any, config: Any) -> None:
         raise ValueError(f"pad_to_multiple_of={args.pad_to_multiple_of} would pad images; leave it at None")
     if args.cast_lm_head_to_fp32:
         raise ValueError("cast_lm_head_to_fp32=True concerns the text head, which draws no image; set it to False")
+    unused = {"min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
+    for name, neutral in unused.items():
+        if getattr(args, name) != neutral:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} is not read when sampling images; leave it at {neutral} and use "
+                "temperature, top_k, top_p and rollout_guidance_scale"
+            )
     args.check_tokens(config.vision_config.num_image_tokens)
+
+
+def check_text_only(**features: Any) -> None:
+    """Features of GRPOTrainer that make sense for conversations alone."""
+    for name, value in features.items():
+        if value is not None:
+            raise ValueError(f"{name} is for text models; an image policy draws one image a prompt, so leave it out")
 
 
 def check_dataset(dataset: Any) -> None:

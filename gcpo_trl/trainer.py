@@ -18,7 +18,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from . import trl_compat
-from .checks import check_dataset, check_image_settings, first_non_finite, load_config
+from .checks import check_dataset, check_image_settings, check_text_only, first_non_finite, load_config
 from .config import GCPOConfig
 from .modules import freeze_all_but, train_report
 from .objective.selection import critical_tokens
@@ -81,7 +81,9 @@ class GCPOTrainer(GRPOTrainer):
             args = GCPOConfig.plain(args)
         if draws_images:
             check_image_settings(args, config)
+            check_text_only(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
             check_dataset(train_dataset)
+            check_dataset(eval_dataset)
             reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [load_reward(reward) for reward in reward_funcs]
         with trl_compat.reference_built(args, model, needed=args.needs_weight):
@@ -128,19 +130,20 @@ class GCPOTrainer(GRPOTrainer):
         if self.policy is None or not self.policy.generates_images:
             return super()._generate(prompts)
         training, start = self.model.training, time.perf_counter()
+        seed, indices = self._sample_indices(len(prompts))
         with trl_compat.generation_context(self):
             self.model.eval()
             encoded = self.policy.encode(prompts)
-            self._rollout = self._sample(prompts)
+            self._rollout = self._sample(prompts, seed, indices)
             self._images = self.policy.decode(self._rollout.tokens)
             self.model.train(training)
         tokens = self._rollout.tokens
         self._log_mean("gcpo/rollout/tokens_per_s", tokens.numel() / (time.perf_counter() - start))
-        labels = [f"image {index} of step {self.state.global_step}" for index in range(len(prompts))]
+        labels = [f"image {index} of step {self.state.global_step}" for index in indices]
         ids = [encoded.row_ids(row) for row in range(len(prompts))]
         return trl_compat.eight_of_generate(ids, tokens.tolist(), labels)
 
-    def _sample(self, prompts: list[Any]) -> Rollout:
+    def _sample(self, prompts: list[Any], seed: int, indices: list[int]) -> Rollout:
         args = self.args
         sampling = Sampling(
             guidance_scale=args.rollout_guidance_scale,
@@ -150,18 +153,21 @@ class GCPOTrainer(GRPOTrainer):
             batch_size=args.rollout_batch_size,
             entropy_from=args.select_entropy_from,
         )
-        rank, count, world = self.accelerator.process_index, len(prompts), self.accelerator.num_processes
-        if self.model_wrapped.training or self.model.training:
-            first, seed = self._micro_step() * count * world, args.seed
-        else:
-            first, seed = self._eval_samples, args.seed + EVAL_SEED_OFFSET
-            self._eval_samples += count * world
-        indices = range(first + rank * count, first + (rank + 1) * count)
         try:
-            return sample(self.policy, prompts, seed, list(indices), sampling)
+            return sample(self.policy, prompts, seed, indices, sampling)
         except FloatingPointError as error:
             where = first_non_finite(self._plain(self.model))
             raise FloatingPointError(f"step {self.state.global_step}: {error}; {where}") from error
+
+    def _sample_indices(self, count: int) -> tuple[int, list[int]]:
+        """Seed and global indices of this rank's next ``count`` samples: no two samples of a run share both."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if self.model.training:
+            seed, first = self.args.seed, self._micro_step() * count * world
+        else:
+            seed, first = self.args.seed + EVAL_SEED_OFFSET, self._eval_samples
+            self._eval_samples += count * world
+        return seed, list(range(first + rank * count, first + (rank + 1) * count))
 
     def _micro_step(self) -> int:
         """Batches seen since the start of training, also after a resume, where TRL's own counter starts at 0."""
