@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from .policies import image_grid
+
+GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of transformers' class names
+
 
 def load_config(model: Any) -> Any:
     """The model's configuration; for a path or an id, read without its weights."""
     if isinstance(model, str):
-        return AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model)
+        names = config.architectures or []
+        if names and not any(name.endswith(GENERATORS) for name in names):
+            raise ValueError(
+                f"{model} holds a {names[0]}, which generates nothing; give a Janus or a causal language model"
+            )
+        return config
     if not hasattr(model, "config"):
         raise TypeError(f"model is a {type(model).__name__}; pass a path, a hub id or a transformers model")
     return model.config
@@ -40,7 +50,8 @@ def check_image_settings(args: Any, config: Any) -> None:
                 f"{name}={getattr(args, name)!r} is not read when sampling images; leave it at {neutral} and use "
                 "temperature, top_k, top_p and rollout_guidance_scale"
             )
-    args.check_tokens(config.vision_config.num_image_tokens)
+    height, width = image_grid(config)
+    args.check_tokens(height * width)
 
 
 def check_text_only(**features: Any) -> None:

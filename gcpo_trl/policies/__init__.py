@@ -15,6 +15,12 @@ def family_of(config: Any) -> str:
     return FAMILIES.get(config.model_type, "text")
 
 
+def image_grid(config: Any) -> tuple[int, int]:
+    """Token grid of an image family, from its configuration alone, so that mistakes show before weights load."""
+    grid: tuple[int, int] = resolve(family_of(config), __name__, "image_grid")(config)
+    return grid
+
+
 def adapt(model: Any, processor: Any) -> Any:
     """The policy around a loaded model (unwrapped: no PEFT, DDP or engine around it)."""
     return resolve(family_of(model.config), __name__, "adapt")(model, processor)
@@ -25,4 +31,4 @@ def load(model_id: str, family: str, **kwargs: Any) -> Any:
     return resolve(family, __name__, "load")(model_id, **kwargs)
 
 
-__all__ = ["FAMILIES", "adapt", "available", "family_of", "load"]
+__all__ = ["FAMILIES", "adapt", "available", "family_of", "image_grid", "load"]

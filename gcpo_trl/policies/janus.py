@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, JanusForConditionalGeneration, StaticCache
+from transformers import AutoConfig, AutoProcessor, JanusForConditionalGeneration, StaticCache
 from transformers.utils import ModelOutput
 
 from .base import NextLogits, PromptBatch
@@ -62,14 +62,8 @@ class JanusPolicy:
         self.bos_id = tokenizer.bos_token_id
         self.pad_id = tokenizer.pad_token_id
         self.image_start_id = tokenizer.convert_tokens_to_ids(processor.image_start_token)
-        self.num_tokens = model.config.vision_config.num_image_tokens
-        side = model.config.vq_config.num_patches
-        if side * side != self.num_tokens:
-            raise ValueError(
-                f"the model draws {self.num_tokens} image tokens but its VQ decoder reads a {side}x{side} grid; "
-                "set vision_config.num_image_tokens to the square of image_size // patch_size"
-            )
-        self.grid = (side, side)
+        self.grid = image_grid(model.config)
+        self.num_tokens = self.grid[0] * self.grid[1]
 
     # encode
 
@@ -181,6 +175,17 @@ class JanusPolicy:
         return self.model.prepare_embeddings_for_image_generation(codes)
 
 
+def image_grid(config: Any) -> tuple[int, int]:
+    """Height and width of the token grid; raises ValueError where the configuration contradicts itself."""
+    tokens, side = config.vision_config.num_image_tokens, config.vq_config.num_patches
+    if side * side != tokens:
+        raise ValueError(
+            f"the model draws {tokens} image tokens but its VQ decoder reads a {side}x{side} grid; set "
+            "vision_config.num_image_tokens to the square of image_size // patch_size"
+        )
+    return side, side
+
+
 def positions(mask: Tensor) -> Tensor:
     """Position ids that start at 0 on the first real token of a left-padded row."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
@@ -214,5 +219,9 @@ def adapt(model: JanusForConditionalGeneration, processor: Any) -> JanusPolicy:
 
 def load(model_id: str, **kwargs: Any) -> JanusPolicy:
     """Load model and processor from a path or an id; keyword arguments go to ``from_pretrained``."""
+    config = AutoConfig.from_pretrained(model_id)
+    if config.model_type != "janus":
+        raise ValueError(f"{model_id} holds a {config.model_type!r} model; this adapter loads 'janus' checkpoints")
+    image_grid(config)
     model = JanusForConditionalGeneration.from_pretrained(model_id, **kwargs).eval()
     return JanusPolicy(model, AutoProcessor.from_pretrained(model_id))
