@@ -30,7 +30,7 @@ def whole_weights() -> Iterator[None]:
     """
     from transformers.integrations import deepspeed
 
-    reference = deepspeed._hf_deepspeed_config_weak_ref
+    reference: Any = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import JanusVQVAE
 
-from ..evaluation.reconstruction import reconstruction_accuracy
+from ..evaluation.ground_truth import ground_truth_table
 from ..evaluation.shapes import evaluate
 from ..policies.janus import JanusPolicy
 from ..rollout import Sampling
@@ -48,8 +48,7 @@ def train_world(options: argparse.Namespace) -> int:
         tokenizer = JanusVQVAE(tokenizer_config(IMAGE_SIZE, GRID, IMAGE_CODES, HIDDEN))
         pictures = any_scenes(TOKENIZER_SCENES, seed=options.seed + 1)
         say(f"image tokenizer: {train_tokenizer(tokenizer, pictures, options.tokenizer_steps, options.seed)}")
-    for task, share in reconstruction_accuracy(tokenizer).items():
-        say(f"  reconstructions judged right, {task}: {share:.3f}")
+    say(ground_truth_table(tokenizer, scenes_a_task=300))
     processor = build_processor()
     model = build_model(tokenizer.config, HIDDEN, LAYERS, HEADS)
     say(f"policy: {train_policy(model, processor, tokenizer, options.policy_steps, options.seed)}")

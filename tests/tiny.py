@@ -1,0 +1,127 @@
+"""Tiny random models of the real classes, made on the spot: a Janus of 81 image tokens and a text model.
+
+The Janus' weights are drawn wider than transformers draws them, so that its distributions differ from one position
+and one prompt to the next, as those of a trained model do.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoProcessor,
+    JanusForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from gcpo_trl.policies.janus import JanusPolicy
+from gcpo_trl.shapes.build import build_model, build_processor
+from gcpo_trl.shapes.train_tokenizer import tokenizer_config
+
+IMAGE_SIZE, GRID, CODES, HIDDEN, LAYERS, HEADS = 36, 9, 64, 32, 2, 4
+TOKENS = GRID * GRID
+# Factors on transformers' initial 0.02: conditional entropies then lie between 0.1 and 4 of at most ln 64 = 4.2 nats.
+SPREAD = {"language_model": 8.0, "generation_aligner": 8.0, "generation_head": 12.0}
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(28))]
+PROMPTS = ["a photo of a red circle", "a photo of two blue squares and a green cross left of a heart"]
+
+
+def build_janus(seed: int = 0) -> JanusForConditionalGeneration:
+    """A random Janus that was never saved."""
+    torch.manual_seed(seed)
+    model = build_model(tokenizer_config(IMAGE_SIZE, GRID, CODES, HIDDEN), HIDDEN, LAYERS, HEADS)
+    with torch.no_grad():
+        for name, factor in SPREAD.items():
+            for parameter in model.model.get_submodule(name).parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(factor)
+    return model.eval()
+
+
+def save_janus(folder: Path) -> str:
+    """The Janus and its processor under ``folder``, built once a session."""
+    if not folder.exists():
+        build_janus().save_pretrained(folder)
+        build_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def load_janus(path: str) -> tuple[JanusForConditionalGeneration, AutoProcessor]:
+    return JanusForConditionalGeneration.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
+
+
+def build_text_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def save_text(folder: Path) -> str:
+    """A random Llama and its tokenizer under ``folder``; it ends a sequence often enough that lengths differ."""
+    if not folder.exists():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.3,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+        build_text_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def shape_prompts(rows: int = 4) -> Dataset:
+    """Prompts of the shapes world with the metadata its judge reads."""
+    include = [{"class": "circle", "count": 1, "color": "red"}]
+    metadata = json.dumps({"tag": "colors", "include": include, "prompt": PROMPTS[0]})
+    return Dataset.from_list([{"prompt": PROMPTS[row % 2], "metadata": metadata} for row in range(rows)])
+
+
+def text_prompts(rows: int = 8) -> Dataset:
+    return Dataset.from_list([{"prompt": " ".join(f"w{(row + i) % 28}" for i in range(1 + row % 3))} for row in range(rows)])
+
+
+def redness(prompts, completions, **columns):
+    """A reward that differs between random images: mean red level."""
+    return [float(np.asarray(image)[..., 0].mean()) / 255 for image in completions]
+
+
+@pytest.fixture(scope="session")
+def tiny_janus(tmp_path_factory):
+    """Path of a saved tiny Janus."""
+    return save_janus(tmp_path_factory.getbasetemp() / "tiny-janus")
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory):
+    """Path of a saved tiny text model."""
+    return save_text(tmp_path_factory.getbasetemp() / "tiny-text")
+
+
+@pytest.fixture(scope="session")
+def shared_policy(tiny_janus):
+    """The tiny Janus as a policy; for tests that only read it."""
+    return JanusPolicy(*load_janus(tiny_janus))
+
+
+@pytest.fixture
+def policy(tiny_janus):
+    """The tiny Janus as a policy of the test's own."""
+    return JanusPolicy(*load_janus(tiny_janus))
