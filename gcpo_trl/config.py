@@ -159,8 +159,15 @@ class GCPOConfig(GRPOConfig):
         self._check_choice("select_combine", COMBINE)
         if not self.select_strategies:
             raise ValueError("select_strategies is empty; name at least one, such as 'everything' for plain GRPO")
+        if len(set(self.select_strategies)) < len(self.select_strategies):
+            raise ValueError(f"select_strategies={self.select_strategies} names one twice; name each once")
         for strategy in self.select_strategies:
             load(strategy)
+        if self.select_complement and "everything" in self.select_strategies:
+            raise ValueError(
+                "select_complement=True with select_strategies=['everything'] trains on no token; name other "
+                "strategies, or set select_complement=False"
+            )
         if not 0 < self.select_fraction <= 1:
             raise ValueError(f"select_fraction={self.select_fraction} must lie in (0, 1]; the paper uses 0.1")
         total = self.select_fraction * len(self.select_strategies)

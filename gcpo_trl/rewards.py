@@ -33,7 +33,7 @@ def load_reward(reward: Any) -> Any:
 
 
 def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
 
         async def awaited(*args: Any, **kwargs: Any) -> list[float | None]:
             return check_rewards(name, await function(*args, **kwargs), len(kwargs["completions"]))

@@ -247,6 +247,7 @@ class GCPOTrainer(GRPOTrainer):
             batch["completion_ids"].shape[1],
             batch_size=self.args.per_device_train_batch_size,
             compute_entropy=True,
+            **{key: batch[key] for key in trl_compat.MULTIMODAL if key in batch},
         )
         return entropy
 

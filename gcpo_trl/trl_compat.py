@@ -18,6 +18,20 @@ from trl.models.utils import unwrap_model_for_generation
 
 ANY_BETA = 1.0  # not zero, so that TRL builds and runs the reference; the KL term never sees it
 
+# Keys of a TRL batch that its scoring takes beside ids and masks, for models that also read pictures.
+MULTIMODAL = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
 
 @contextlib.contextmanager
 def reference_built(args: Any, model: Any, needed: bool) -> Iterator[None]:

@@ -5,6 +5,7 @@ and one prompt to the next, as those of a trained model do.
 """
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    TrainerCallback,
 )
 
+import gcpo_trl
 from gcpo_trl.policies.janus import JanusPolicy
 from gcpo_trl.shapes.build import build_model, build_processor
 from gcpo_trl.shapes.train_tokenizer import tokenizer_config
@@ -99,8 +102,95 @@ def text_prompts(rows: int = 8) -> Dataset:
 
 
 def redness(prompts, completions, **columns):
-    """A reward that differs between random images: mean red level."""
+    """A reward of pictures: mean red level."""
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in completions]
+
+
+def digits(prompts, completions, completion_ids, **columns):
+    """A reward that differs widely between random images: the sum of their tokens, modulo 97."""
+    return [sum(ids) % 97 / 97 for ids in completion_ids]
+
+
+def settings(folder, **changes):
+    """Settings under which the tiny models train for a step, on the CPU, without leaving anything behind."""
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "num_generations": 2,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1e9,  # gradients as they are
+        "beta": 0.04,
+        "loss_type": "bnpo",
+        "rollout_guidance_scale": 3.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return gcpo_trl.GCPOConfig(output_dir=str(folder), **(defaults | changes))
+
+
+def janus_trainer(model, folder, reward=digits, dataset=None, processor=None, peft_config=None, evaluated=None, **changes):
+    """A GCPOTrainer of the tiny Janus on two prompts, two images each."""
+    return gcpo_trl.GCPOTrainer(
+        model,
+        reward,
+        settings(folder, **changes),
+        shape_prompts() if dataset is None else dataset,
+        eval_dataset=evaluated,
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+
+
+@dataclass
+class Record:
+    """What a trainer did: its batches as scored, losses, rewards, and the gradients of each optimiser step."""
+
+    batches: list = field(default_factory=list)
+    losses: list = field(default_factory=list)
+    gradients: list = field(default_factory=list)
+
+
+class _Gradients(TrainerCallback):
+    def __init__(self, record):
+        self.record = record
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        self.record.gradients.append(found)
+
+
+def record(trainer):
+    """Keep what the trainer does from here on. What is kept is not copied: a change made later shows."""
+    kept, score, loss = Record(), trainer._generate_and_score_completions, trainer._compute_loss
+
+    def scored(inputs):
+        kept.batches.append(score(inputs))
+        return kept.batches[-1]
+
+    def computed(model, inputs):
+        value = loss(model, inputs)
+        kept.losses.append(value.item())
+        return value
+
+    trainer._generate_and_score_completions, trainer._compute_loss = scored, computed
+    trainer.add_callback(_Gradients(kept))
+    return kept
+
+
+def disturb(model, share=0.05, seed=0):
+    """Move a model away from its reference."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.requires_grad:
+                parameter.add_(share * parameter.std() * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.fixture(scope="session")

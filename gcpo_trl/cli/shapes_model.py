@@ -15,8 +15,9 @@ from ..evaluation.shapes import evaluate
 from ..policies.janus import JanusPolicy
 from ..rollout import Sampling
 from ..shapes.build import CHECKPOINT, GRID, IMAGE_CODES, build_model, build_processor, save_atomically
+from ..shapes.localize import localize_tokenizer
 from ..shapes.renderer import IMAGE_SIZE
-from ..shapes.train_policy import any_scenes, train_policy
+from ..shapes.train_policy import any_scenes, scenes, train_policy
 from ..shapes.train_tokenizer import tokenizer_config, train_tokenizer
 from .console import say
 
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
     parser.add_argument("--tokenizer", type=Path, default=None, help="take a trained image tokenizer from this folder")
     parser.add_argument("--tokenizer-steps", type=int, default=3500)
-    parser.add_argument("--policy-steps", type=int, default=6000)
+    parser.add_argument("--local-steps", type=int, default=1500)
+    parser.add_argument("--policy-steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -48,13 +50,15 @@ def train_world(options: argparse.Namespace) -> int:
         tokenizer = JanusVQVAE(tokenizer_config(IMAGE_SIZE, GRID, IMAGE_CODES, HIDDEN))
         pictures = any_scenes(TOKENIZER_SCENES, seed=options.seed + 1)
         say(f"image tokenizer: {train_tokenizer(tokenizer, pictures, options.tokenizer_steps, options.seed)}")
+        _, pictures = scenes(TOKENIZER_SCENES, seed=options.seed + 1)
+        say(f"local codes: {localize_tokenizer(tokenizer, pictures, options.local_steps, options.seed)}")
     say(ground_truth_table(tokenizer, scenes_a_task=300))
     processor = build_processor()
     model = build_model(tokenizer.config, HIDDEN, LAYERS, HEADS)
     say(f"policy: {train_policy(model, processor, tokenizer, options.policy_steps, options.seed)}")
     save_atomically(model.to(torch.bfloat16), processor, options.out)
     policy = JanusPolicy(model.float(), processor)
-    for scale in (1.0, 2.0, 3.0, 5.0):
+    for scale in (1.0, 1.5, 2.0, 3.0, 5.0):
         report = evaluate(policy, Sampling(guidance_scale=scale, batch_size=256), images_a_prompt=2)
         say(f"\nguidance {scale:g}\n{report.table()}")
     say(f"\nwritten to {options.out}")

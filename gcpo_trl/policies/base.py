@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -42,6 +42,7 @@ class NextLogits:
     unconditional: Tensor | None = None
 
 
+@runtime_checkable
 class Policy(Protocol):
     """A generator whose tokens lie on a grid (images) or on a line (text)."""
 
@@ -53,6 +54,7 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
 class ImagePolicy(Policy, Protocol):
     """A generator of images of a fixed number of tokens."""
 

@@ -91,13 +91,16 @@ def _choose(logits: NextLogits, noise: Tensor, sampling: Sampling) -> tuple[Tens
     else:
         chosen = draw(warp(guided, temperature, sampling.top_k, sampling.top_p), noise)
     seen = guided / temperature if sampling.entropy_from == "guided" else conditional
-    return chosen, entropy(seen), conditional.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+    logp = conditional.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+    # A broken unconditional branch spoils the draw and not the conditional log-probability, so it is carried over.
+    return chosen, entropy(seen), logp.where(guided.isfinite().all(-1), torch.nan)
 
 
 def _unique(prompts: Sequence[Any]) -> tuple[list[Any], Tensor]:
     """Distinct prompts in order of appearance, and for each prompt its index among them."""
     first: dict[str, int] = {}
-    unique, rows = [], []
+    unique: list[Any] = []
+    rows = []
     for prompt in prompts:
         key = repr(prompt)
         if key not in first:

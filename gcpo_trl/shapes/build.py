@@ -79,7 +79,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_processor() -> JanusProcessor:
     """The processor Janus-Pro has, around the small tokenizer."""
     image_processor = JanusImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, min_size=IMAGE_SIZE // 2, do_pad=True
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        min_size=IMAGE_SIZE // 2,
+        do_pad=True,
+        image_mean=[0.5, 0.5, 0.5],  # Janus-Pro's; pictures are decoded to [-1, 1], transformers' default is CLIP's
+        image_std=[0.5, 0.5, 0.5],
     )
     return JanusProcessor(image_processor, build_tokenizer(), chat_template=CHAT_TEMPLATE, num_image_tokens=GRID * GRID)
 

@@ -1,4 +1,4 @@
-"""Draws a spec of the shapes world: one to four shapes in the slots of a 3x3 board on a grey gradient.
+"""Draws a spec of the shapes world: one to four shapes in the slots of a 3x3 board on grey.
 
 The picture is 36x36 pixels, 9x9 image tokens of 4x4 pixels. Each shape is 10 pixels wide in the middle of a slot of 12,
 so that neighbours never touch (2 pixels apart) and a shape covers three tokens each way.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -21,6 +21,7 @@ SLOTS = 3
 SLOT_SIZE = IMAGE_SIZE // SLOTS
 SUPERSAMPLING = 8
 SHAPE_SIZE = 10
+GREY = 150
 MARGIN = (SLOT_SIZE - SHAPE_SIZE) // 2
 
 PALETTE: dict[str, tuple[int, int, int]] = {
@@ -93,11 +94,14 @@ def sprite(shape: str, size: int = SHAPE_SIZE) -> np.ndarray:
     return blocks.mean(axis=(1, 3)) / 255
 
 
-def background(generator: random.Random) -> np.ndarray:
-    """A grey vertical gradient, ``(height, width, 3)`` in [0, 255]: levels between 128 and 172."""
-    middle = generator.uniform(142, 158)
-    slope = generator.uniform(-14, 14)
-    column = middle + slope * np.linspace(-1, 1, IMAGE_SIZE, dtype=np.float32)
+def flat(generator: random.Random) -> np.ndarray:
+    """The world's background: one grey, ``(height, width, 3)`` in [0, 255]."""
+    return np.full((IMAGE_SIZE, IMAGE_SIZE, 3), GREY, dtype=np.float32)
+
+
+def gradient(generator: random.Random) -> np.ndarray:
+    """A vertical gradient of greys between 128 and 172: the image tokenizer learns from more than it will meet."""
+    column = generator.uniform(142, 158) + generator.uniform(-14, 14) * np.linspace(-1, 1, IMAGE_SIZE, dtype=np.float32)
     return np.broadcast_to(column[:, None, None], (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
 
 
@@ -116,9 +120,9 @@ def _related_slots(relation: str, generator: random.Random) -> list[tuple[int, i
     return generator.choice(choices)
 
 
-def place(objects: Iterable[tuple[str, str, tuple[int, int]]], generator: random.Random) -> Image.Image:
-    """Draw ``(shape, color, (row, column))`` objects on a fresh background."""
-    picture = background(generator)
+def place(objects: Iterable[tuple[str, str, tuple[int, int]]], background: np.ndarray) -> Image.Image:
+    """Draw ``(shape, color, (row, column))`` objects on a background ``(height, width, 3)``."""
+    picture = background.copy()
     for shape, color, (row, column) in objects:
         y, x = row * SLOT_SIZE + MARGIN, column * SLOT_SIZE + MARGIN
         coverage = sprite(shape)[:, :, None]
@@ -127,11 +131,13 @@ def place(objects: Iterable[tuple[str, str, tuple[int, int]]], generator: random
     return Image.fromarray(picture.round().clip(0, 255).astype(np.uint8))
 
 
-def draw(spec: Spec, generator: random.Random) -> Image.Image:
+def draw(spec: Spec, generator: random.Random, background: Callable[[random.Random], np.ndarray] = flat) -> Image.Image:
     """A picture in which exactly the objects of ``spec`` appear; colours not named are drawn at random."""
     shapes = [(item.shape, item.color or generator.choice(COLORS)) for item in spec.items for _ in range(item.count)]
     if spec.relation:
         slots = _related_slots(spec.relation, generator)
     else:
         slots = generator.sample([(row, column) for row in range(SLOTS) for column in range(SLOTS)], len(shapes))
-    return place([(shape, color, slot) for (shape, color), slot in zip(shapes, slots, strict=True)], generator)
+    return place(
+        [(shape, color, slot) for (shape, color), slot in zip(shapes, slots, strict=True)], background(generator)
+    )

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from transformers import JanusForConditionalGeneration, JanusProcessor, JanusVQVAE
 
 from .grammar import COLORS, INVERSE, SHAPES, TASKS, Item, Spec, all_specs, split_specs
-from .renderer import draw
-from .train_tokenizer import encode
+from .localize import encode_tiles
+from .renderer import draw, gradient
 
-CAPTION_NOISE = 0.3
+CAPTION_NOISE = 0.4
 CAPTION_DROPOUT = 0.1  # share of captions blanked, so that the unconditional branch of guidance is trained
 
 
@@ -70,10 +70,12 @@ def scenes(count: int, seed: int, noise: float = CAPTION_NOISE) -> tuple[list[st
 
 
 def any_scenes(count: int, seed: int) -> np.ndarray:
-    """uint8 pictures ``(count, height, width, 3)`` of any spec: the image tokenizer never sees a caption."""
+    """uint8 pictures ``(count, height, width, 3)`` of any spec on gradients: the tokenizer never sees a caption."""
     generator = random.Random(seed)
     pools = [all_specs(tag) for tag in TASKS]
-    return np.stack([np.asarray(draw(generator.choice(pools[i % len(pools)]), generator)) for i in range(count)])
+    return np.stack(
+        [np.asarray(draw(generator.choice(pools[i % len(pools)]), generator, gradient)) for i in range(count)]
+    )
 
 
 def encode_captions(processor: JanusProcessor, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -132,7 +134,7 @@ def train_policy(
     for step in bar:
         if len(order) < batch_size:
             captions, pictures = scenes(pool, seed=seed * 100_003 + round_)
-            tokens, (prompts, mask) = encode(tokenizer_model, pictures), encode_captions(processor, captions)
+            tokens, (prompts, mask) = encode_tiles(tokenizer_model, pictures), encode_captions(processor, captions)
             order, round_ = torch.randperm(pool, generator=generator).repeat(2), round_ + 1
         rows, order = order[:batch_size], order[batch_size:]
         dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT

@@ -28,11 +28,11 @@ def test_guidance_goes_from_the_unconditional_through_the_conditional():
 
 
 def test_guidance_is_computed_in_fp32():
-    # bf16 has 8 bits: 256 + 5 (257 - 256) = 261 would round 257 to 256 first, and give 256.
+    # 256 + 1.5 (258 - 256) = 259, between 258 and 260, which bf16 knows
     conditional, unconditional = torch.tensor([[258.0]]).bfloat16(), torch.tensor([[256.0]]).bfloat16()
     guided = guide(conditional, unconditional, 1.5)
     assert guided.dtype == torch.float32
-    assert_close(guided, torch.tensor([[259.0]]), rtol=0, atol=0)  # bf16 knows 258 and 260 only
+    assert_close(guided, torch.tensor([[259.0]]), rtol=0, atol=0)
     assert guide(conditional, None, 1.0).dtype == torch.float32
 
 

@@ -1,0 +1,199 @@
+"""Every mistake in the settings is an error before any weight is loaded, and says what was seen and what to write."""
+
+import dataclasses
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, CLIPConfig
+from trl import GRPOConfig
+
+from gcpo_trl.checks import check_dataset, check_image_settings, check_text_only, first_non_finite, load_config
+from gcpo_trl.config import GCPOConfig
+
+
+def config(**settings):
+    return GCPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[], **settings)
+
+
+@pytest.fixture(scope="module")
+def janus(tiny_janus):
+    return AutoConfig.from_pretrained(tiny_janus)
+
+
+# GCPOConfig
+
+
+def test_the_defaults_are_the_released_settings():
+    args = config()
+    assert args.select_strategies == ["initial", "entropy_gradient", "similarity"]
+    assert (args.select_fraction, args.select_combine, args.select_window) == (0.1, "disjoint", [0.1, 0.9])
+    assert (args.weight_form, args.weight_clip, args.weight_detach) == ("exp", 0.5, True)
+    assert (args.rollout_guidance_scale, args.select_entropy_from) == (5.0, "guided")
+    assert args.needs_weight and not args.selects_everything
+
+
+def test_every_setting_has_its_help_and_a_room():
+    ours = [f for f in dataclasses.fields(GCPOConfig) if f.name not in GRPOConfig.__dataclass_fields__]
+    assert len(ours) >= 12
+    for setting in ours:
+        assert setting.name.split("_")[0] in {"select", "weight", "rollout", "train"}
+        assert len(setting.metadata["help"]) > 40, f"{setting.name} does not explain itself"
+
+
+MISTAKES = [
+    ({"select_strategies": []}, ["select_strategies is empty", "'everything'"]),
+    ({"select_strategies": ["entropy_gradiant"]}, ["'entropy_gradiant'", "did you mean 'entropy_gradient'"]),
+    ({"select_strategies": ["my_missing_package:select"]}, ["my_missing_package:select"]),
+    ({"select_strategies": ["initial", "initial"]}, ["['initial', 'initial']", "once"]),
+    ({"select_strategies": ["everything"], "select_complement": True}, ["select_complement=True", "no token"]),
+    ({"select_fraction": 0.0}, ["select_fraction=0.0", "(0, 1]"]),
+    ({"select_fraction": 1.2}, ["select_fraction=1.2", "(0, 1]"]),
+    ({"select_fraction": -0.1}, ["select_fraction=-0.1"]),
+    ({"select_fraction": float("nan")}, ["select_fraction=nan", "(0, 1]"]),
+    ({"select_fraction": 0.4}, ["select_fraction=0.4", "3 strategies", "1.2", "0.3333", "select_combine='union'"]),
+    ({"select_combine": "plus"}, ["select_combine='plus'", "disjoint, union"]),
+    ({"select_window": [0.9, 0.1]}, ["select_window=[0.9, 0.1]", "[0.1, 0.9]"]),
+    ({"select_window": [0.1]}, ["select_window=[0.1]", "two shares"]),
+    ({"select_window": [0.0, 1.5]}, ["select_window=[0.0, 1.5]"]),
+    ({"select_entropy_from": "policy"}, ["select_entropy_from='policy'", "guided, conditional"]),
+    ({"select_similarity_space": "clip"}, ["select_similarity_space='clip'", "aligner, codebook"]),
+    ({"weight_form": "log"}, ["weight_form='log'", "exp, linear, none"]),
+    ({"weight_clip": 0.0}, ["weight_clip=0.0", "positive", "0.5"]),
+    ({"weight_clip": float("nan")}, ["weight_clip=nan"]),
+    ({"rollout_guidance_scale": -1.0}, ["rollout_guidance_scale=-1.0", "1 switches"]),
+    ({"rollout_guidance_scale": float("inf")}, ["rollout_guidance_scale=inf"]),
+    ({"rollout_batch_size": -2}, ["rollout_batch_size=-2", "0 samples all"]),
+    # G must divide the batch: TRL says so.
+    ({"num_generations": 3, "per_device_train_batch_size": 8}, ["8", "3", "divisible"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_wrong_setting_is_refused(settings, words):
+    with pytest.raises(ValueError) as error:
+        config(**settings)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_thirds_are_not_too_much():
+    # 3 x 1/3 sums to 1 exactly for the user, whatever floats make of it.
+    assert config(select_fraction=1 / 3).select_fraction == 1 / 3
+    assert config(select_fraction=0.9, select_combine="union").select_combine == "union"
+
+
+def test_a_strategy_may_come_from_outside():
+    outside = "gcpo_trl.objective.selection.random:select"
+    assert config(select_strategies=[outside]).select_strategies == [outside]
+
+
+def test_literal_eq_7_warns_that_it_is_zero_at_the_start():
+    with pytest.warns(UserWarning, match="zero for every token.*Use 'exp'"):
+        config(weight_form="linear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config(weight_form="exp")
+
+
+def test_everything_without_weight_is_plain_grpo():
+    assert config(select_strategies=["everything"]).selects_everything
+    assert not config(select_strategies=["initial"], select_complement=True).selects_everything
+    assert not config(weight_form="none").needs_weight
+
+
+def test_a_plain_config_keeps_its_settings_and_trains_everything():
+    plain = GRPOConfig(output_dir="unused", use_cpu=True, bf16=False, beta=0.3, temperature=0.7, report_to=[])
+    args = GCPOConfig.plain(plain)
+    assert isinstance(args, GCPOConfig) and type(plain) is GRPOConfig
+    assert args.selects_everything and not args.needs_weight
+    for setting in dataclasses.fields(GRPOConfig):
+        assert getattr(args, setting.name) == getattr(plain, setting.name), setting.name
+    assert args.rollout_guidance_scale == 5.0 and args.train_modules is None
+    # its lists are its own
+    assert GCPOConfig.plain(plain).select_window is not GCPOConfig.plain(plain).select_window
+    assert args.to_dict()["select_strategies"] == ["everything"]
+
+
+@pytest.mark.parametrize(("fraction", "tokens", "enough"), [(0.01, 81, "0.0123"), (0.001, 576, "0.0017")])
+def test_a_fraction_that_keeps_no_token_is_refused(fraction, tokens, enough):
+    args = config(select_fraction=fraction)
+    with pytest.raises(ValueError, match=rf"select_fraction={fraction} keeps 0 of {tokens} tokens.*{enough}"):
+        args.check_tokens(tokens)
+
+
+def test_a_fraction_that_keeps_one_token_is_enough():
+    config(select_fraction=1 / 81).check_tokens(81)
+    config(select_fraction=0.001, select_strategies=["everything"]).check_tokens(81)
+
+
+# checks
+
+
+IMAGE_MISTAKES = [
+    ({"use_vllm": True}, ["use_vllm=True", "janus", "set it to False"]),
+    ({"use_transformers_continuous_batching": True}, ["use_transformers_continuous_batching=True", "False"]),
+    ({"mask_truncated_completions": True}, ["mask_truncated_completions=True", "set it to False"]),
+    ({"pad_to_multiple_of": 8}, ["pad_to_multiple_of=8", "None"]),
+    ({"cast_lm_head_to_fp32": True}, ["cast_lm_head_to_fp32=True", "False"]),
+    ({"min_p": 0.1}, ["min_p=0.1", "top_p"]),
+    ({"repetition_penalty": 1.1}, ["repetition_penalty=1.1", "leave it at 1.0"]),
+    ({"generation_kwargs": {"num_beams": 2}}, ["generation_kwargs", "None"]),
+    ({"select_fraction": 0.01}, ["select_fraction=0.01", "0 of 81", "0.0123"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), IMAGE_MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_setting_without_meaning_for_images_is_refused(janus, settings, words):
+    args = config()
+    vars(args).update(settings)
+    with pytest.raises(ValueError) as error:
+        check_image_settings(args, janus)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_the_default_settings_suit_images(janus):
+    check_image_settings(config(), janus)
+
+
+def test_a_token_count_without_a_grid_is_refused(tiny_janus):
+    crooked = AutoConfig.from_pretrained(tiny_janus)
+    crooked.vision_config.num_image_tokens = 80
+    with pytest.raises(ValueError, match="80 image tokens .* 9x9 grid"):
+        check_image_settings(config(), crooked)
+
+
+@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
+def test_what_only_conversations_have_is_refused_for_images(name):
+    with pytest.raises(ValueError, match=f"{name} is for text models"):
+        check_text_only(**{"tools": None, "rollout_func": None, name: [len]})
+    check_text_only(tools=None, rollout_func=None)
+
+
+def test_datasets_with_the_wrong_columns_are_refused():
+    with pytest.raises(ValueError, match=r"columns \['caption'\] but no 'prompt'; rename"):
+        check_dataset(Dataset.from_dict({"caption": ["a"]}))
+    for column in ("image", "images"):
+        with pytest.raises(ValueError, match=f"column '{column}'.*'reference_image'"):
+            check_dataset(Dataset.from_dict({"prompt": ["a"], column: ["b"]}))
+    check_dataset(Dataset.from_dict({"prompt": ["a"], "metadata": ["{}"]}))
+    check_dataset(None)
+    check_dataset(SimpleNamespace(column_names=None))  # a stream does not know its columns yet
+
+
+def test_something_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="model is a dict; pass a path, a hub id or a transformers model"):
+        load_config({})
+    CLIPConfig(architectures=["CLIPModel"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a CLIPModel, which generates nothing; give a Janus"):
+        load_config(str(tmp_path))
+    with pytest.raises(OSError, match="no_such_folder"):
+        load_config("./no_such_folder")
+
+
+def test_the_first_broken_parameter_is_named():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    assert first_non_finite(model).startswith("all parameters are finite")
+    model[1].bias.data[0] = torch.inf
+    assert first_non_finite(model) == "parameter 1.bias is not finite"
