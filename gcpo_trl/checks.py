@@ -61,6 +61,20 @@ def check_text_only(**features: Any) -> None:
             raise ValueError(f"{name} is for text models; an image policy draws one image a prompt, so leave it out")
 
 
+def check_processor(model: Any, config: Any, processor: Any) -> None:
+    """An image policy needs the whole processor: its template, its tokens around an image."""
+    if processor is None and not isinstance(model, str) and not getattr(config, "_name_or_path", ""):
+        raise ValueError(
+            "the model was never saved, so there is nowhere to load its processor from; pass processing_class, such as "
+            "AutoProcessor.from_pretrained(...)"
+        )
+    if processor is not None and not hasattr(processor, "tokenizer"):
+        raise TypeError(
+            f"processing_class is a {type(processor).__name__}; an image policy needs the whole processor, such as "
+            "AutoProcessor.from_pretrained(...), not its tokenizer alone"
+        )
+
+
 def check_dataset(dataset: Any) -> None:
     """Columns an image policy needs and those that TRL would take for something else."""
     columns = getattr(dataset, "column_names", None)

@@ -18,7 +18,14 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from . import trl_compat
-from .checks import check_dataset, check_image_settings, check_text_only, first_non_finite, load_config
+from .checks import (
+    check_dataset,
+    check_image_settings,
+    check_processor,
+    check_text_only,
+    first_non_finite,
+    load_config,
+)
 from .config import GCPOConfig
 from .modules import freeze_all_but, train_report
 from .objective.selection import critical_tokens
@@ -82,6 +89,7 @@ class GCPOTrainer(GRPOTrainer):
         if draws_images:
             check_image_settings(args, config)
             check_text_only(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
+            check_processor(model, config, processing_class)
             check_dataset(train_dataset)
             check_dataset(eval_dataset)
             reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]

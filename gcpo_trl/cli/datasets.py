@@ -17,11 +17,11 @@ def load_prompts(name: str, split: str, size: int, seed: int) -> Any:
 
         return Dataset.from_list([spec.record() for spec in sample_specs(size, seed)])
     path = Path(name)
-    if path.suffix == ".txt" and path.is_file():
+    if path.suffix in (".txt", *LOADERS) and not path.is_file():
+        raise ValueError(f"dataset_name={name!r} is not a file; give an existing file, a hub id or 'shapes'")
+    if path.suffix == ".txt":
         prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         return Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     if path.suffix in LOADERS:
-        if not path.is_file():
-            raise ValueError(f"dataset_name={name!r} is not a file; give an existing file, a hub id or 'shapes'")
         return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
     return load_dataset(name, split=split)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,10 +77,3 @@ def _check_keys(keys: Any, known: set[str], where: str) -> None:
             near = difflib.get_close_matches(key, sorted(known), n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"{where} has an unknown key {key!r}{hint}")
-
-
-def run_recipe(path: str) -> None:
-    """Train as a recipe says; the entry of ``accelerate launch recipe.yaml --key value``."""
-    from .main import main
-
-    raise SystemExit(main(["train", path, *sys.argv[1:]]))

@@ -1,6 +1,6 @@
 """Pretrains the tiny Janus of the shapes world on captions and rendered scenes, deliberately imperfectly.
 
-Like web data, the captions are noisy: with probability ``CAPTION_NOISE`` the picture differs from its caption in one
+Like web data, the captions are noisy: with the probability of its stage the picture differs from its caption in one
 respect (a class, a colour, a number, a relation). The model then draws clean shapes but often not the ones asked for,
 which leaves reinforcement learning something to improve and lets classifier-free guidance help.
 Held-out canonical keys never appear, neither as captions nor, by design of the noise, as the caption of a picture.
@@ -23,7 +23,9 @@ from .grammar import COLORS, INVERSE, SHAPES, TASKS, Item, Spec, all_specs, spli
 from .localize import encode_tiles
 from .renderer import draw, gradient
 
-CAPTION_NOISE = 0.4
+# (steps, caption noise), each stage with its own warm-up and cosine: a second start after the picture side has settled
+# is what lets the words for colours take hold.
+STAGES = ((1600, 0.4), (2200, 0.25))
 CAPTION_DROPOUT = 0.1  # share of captions blanked, so that the unconditional branch of guidance is trained
 
 
@@ -56,7 +58,7 @@ def corrupt(spec: Spec, generator: random.Random) -> Spec:
     return dataclasses.replace(spec, items=tuple(items))
 
 
-def scenes(count: int, seed: int, noise: float = CAPTION_NOISE) -> tuple[list[str], np.ndarray]:
+def scenes(count: int, seed: int, noise: float) -> tuple[list[str], np.ndarray]:
     """Captions and uint8 pictures ``(count, height, width, 3)`` of training specs, tasks in turn."""
     generator = random.Random(seed)
     pools = [split_specs(tag)[0] for tag in TASKS]
@@ -113,6 +115,7 @@ def train_policy(
     processor: JanusProcessor,
     tokenizer_model: JanusVQVAE,
     steps: int,
+    noise: float,
     seed: int = 0,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
@@ -120,8 +123,6 @@ def train_policy(
 ) -> dict[str, float]:
     """Train ``model`` in place for ``steps``; a fresh pool of scenes is drawn whenever the last one is used up."""
     generator = torch.Generator().manual_seed(seed)
-    model.model.vqmodel.load_state_dict(tokenizer_model.state_dict())
-    model.model.generation_embeddings.weight.data.copy_(tokenizer_model.quantize.embedding.weight)
     ids = processor.tokenizer
     keep = (ids.bos_token_id, ids.convert_tokens_to_ids(processor.image_start_token))
     trained = [*model.model.language_model.parameters(), *model.model.generation_embeddings.parameters()]
@@ -133,7 +134,7 @@ def train_policy(
     bar = tqdm(range(steps), desc="tiny Janus", mininterval=5)
     for step in bar:
         if len(order) < batch_size:
-            captions, pictures = scenes(pool, seed=seed * 100_003 + round_)
+            captions, pictures = scenes(pool, seed * 100_003 + round_, noise)
             tokens, (prompts, mask) = encode_tiles(tokenizer_model, pictures), encode_captions(processor, captions)
             order, round_ = torch.randperm(pool, generator=generator).repeat(2), round_ + 1
         rows, order = order[:batch_size], order[batch_size:]
