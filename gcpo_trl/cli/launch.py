@@ -8,5 +8,5 @@ from .main import main
 
 
 def run_recipe(path: str) -> None:
-    """Train as the recipe at ``path`` says, with the ``--key value`` pairs of the command line on top; never returns."""
+    """Train as the recipe at ``path`` says, with the command line's ``--key value`` on top; never returns."""
     raise SystemExit(main(["train", path, *sys.argv[1:]]))

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from tiny import PROMPTS
 
-from gcpo_trl.cli import recipe
+from gcpo_trl.cli import launch
 from gcpo_trl.cli.datasets import load_prompts
 from gcpo_trl.cli.recipe import parse, read_recipe
 from gcpo_trl.cli.train import build_trainer
@@ -64,7 +64,7 @@ def test_yaml_and_python_read_the_same_values(path):
     assert annotations.pop("launch") is object and "run_recipe(__file__)" in settings.pop("launch")
     assert annotations == settings
     assert [type(value) for value in annotations.values()] == [type(value) for value in settings.values()]
-    assert called == [("gcpo_trl.cli.recipe", str(path))]
+    assert called == [("gcpo_trl.cli.launch", str(path))]
 
 
 @every_recipe
@@ -183,10 +183,10 @@ def test_env_is_set_before_anything_reads_it(tmp_path, monkeypatch):
 
 def test_a_launched_recipe_trains_with_the_words_behind_it(monkeypatch):
     seen = []
-    monkeypatch.setattr("gcpo_trl.cli.main.main", lambda words: seen.append(words) or 0)
+    monkeypatch.setattr("gcpo_trl.cli.launch.main", lambda words: seen.append(words) or 0)
     monkeypatch.setattr("sys.argv", ["recipe.yaml", "--max_steps", "2"])
     with pytest.raises(SystemExit) as ended:
-        recipe.run_recipe("recipe.yaml")
+        launch.run_recipe("recipe.yaml")
     assert ended.value.code == 0
     assert seen == [["train", "recipe.yaml", "--max_steps", "2"]]
 
