@@ -159,6 +159,8 @@ class GCPOConfig(GRPOConfig):
         self._check_choice("select_combine", COMBINE)
         if not self.select_strategies:
             raise ValueError("select_strategies is empty; name at least one, such as 'everything' for plain GRPO")
+        if isinstance(self.select_strategies, str):
+            raise ValueError(f"select_strategies={self.select_strategies!r} is no list; write a list, even of one name")
         if len(set(self.select_strategies)) < len(self.select_strategies):
             raise ValueError(f"select_strategies={self.select_strategies} names one twice; name each once")
         for strategy in self.select_strategies:

@@ -57,6 +57,7 @@ def write_samples(policy: Any, options: argparse.Namespace) -> int:
     rollout = sample(policy, prompts, options.seed, list(range(len(prompts))), sampling_of(options))
     images = policy.decode(rollout.tokens)
     rows = [images[i : i + options.images] for i in range(0, len(images), options.images)]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     grid(rows, options.prompt).save(options.out)
     say(f"{len(images)} images written to {options.out}")
     return 0

@@ -62,8 +62,7 @@ def train_world(options: argparse.Namespace) -> int:
         model.model.vqmodel.load_state_dict(tokenizer.state_dict())
         model.model.generation_embeddings.weight.data.copy_(tokenizer.quantize.embedding.weight)
     for stage in options.stages:
-        steps, noise = STAGES[stage]
-        stats = train_policy(model, processor, tokenizer, steps, noise, seed=options.seed + stage)
+        stats = train_policy(model, processor, tokenizer, *STAGES[stage], seed=options.seed + stage)
         say(f"policy, stage {stage}: {stats}")
     save_atomically(model.to(torch.bfloat16), processor, options.out)
     policy = JanusPolicy(model.float(), processor)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,9 +24,13 @@ from .grammar import COLORS, INVERSE, SHAPES, TASKS, Item, Spec, all_specs, spli
 from .localize import encode_tiles
 from .renderer import draw, gradient
 
-# (steps, caption noise), each stage with its own warm-up and cosine: a second start after the picture side has settled
-# is what lets the words for colours take hold.
-STAGES = ((1600, 0.4), (2200, 0.25))
+# (steps, caption noise, tasks in turn), each stage with its own warm-up and cosine: a second start after the picture side
+# has settled is what lets the words for colours take hold, and binding two colours to two shapes needs the most practice.
+STAGES = (
+    (1600, 0.4, TASKS),
+    (2200, 0.25, TASKS),
+    (1000, 0.25, (*TASKS, "color_attr", "color_attr", "color_attr", "position", "two_object")),
+)
 CAPTION_DROPOUT = 0.1  # share of captions blanked, so that the unconditional branch of guidance is trained
 
 
@@ -58,10 +63,10 @@ def corrupt(spec: Spec, generator: random.Random) -> Spec:
     return dataclasses.replace(spec, items=tuple(items))
 
 
-def scenes(count: int, seed: int, noise: float) -> tuple[list[str], np.ndarray]:
+def scenes(count: int, seed: int, noise: float, tasks: Sequence[str] = TASKS) -> tuple[list[str], np.ndarray]:
     """Captions and uint8 pictures ``(count, height, width, 3)`` of training specs, tasks in turn."""
     generator = random.Random(seed)
-    pools = [split_specs(tag)[0] for tag in TASKS]
+    pools = [split_specs(tag)[0] for tag in tasks]
     captions, pictures = [], []
     for i in range(count):
         spec = generator.choice(pools[i % len(pools)])
@@ -116,6 +121,7 @@ def train_policy(
     tokenizer_model: JanusVQVAE,
     steps: int,
     noise: float,
+    tasks: Sequence[str] = TASKS,
     seed: int = 0,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
@@ -134,7 +140,7 @@ def train_policy(
     bar = tqdm(range(steps), desc="tiny Janus", mininterval=5)
     for step in bar:
         if len(order) < batch_size:
-            captions, pictures = scenes(pool, seed * 100_003 + round_, noise)
+            captions, pictures = scenes(pool, seed * 100_003 + round_, noise, tasks)
             tokens, (prompts, mask) = encode_tiles(tokenizer_model, pictures), encode_captions(processor, captions)
             order, round_ = torch.randperm(pool, generator=generator).repeat(2), round_ + 1
         rows, order = order[:batch_size], order[batch_size:]

@@ -155,8 +155,9 @@ def test_exactly_the_critical_tokens_train(tiny_janus, tmp_path):
 def test_a_weight_that_is_not_detached_moves_other_tokens_too(tiny_janus, tmp_path):
     # Every token up to the last critical one enters some critical token's weight.
     moved, critical, _ = gradient_of_the_heads_logits(janus_trainer(tiny_janus, tmp_path, weight_detach=False))
-    last = [row.nonzero().max().item() for row in critical]
-    assert [row[: end + 1].all().item() and not row[end + 1 :].any().item() for row, end in zip(moved, last, strict=True)]
+    for row, own in zip(moved, critical, strict=True):
+        last = own.nonzero().max().item()
+        assert row[: last + 1].all() and not row[last + 1 :].any()
     assert (moved & ~critical).sum() > 150  # of 4 x 57
 
 
@@ -263,7 +264,7 @@ def test_a_batch_gives_the_same_loss_twice(tiny_janus, tmp_path):
 
 
 def test_iterations_slices_and_accumulation_work_together(tiny_janus, tmp_path):
-    # 8 images a generation, in 2 slices, each used twice: 4 micro-batches, 2 to an update; 3 updates need 2 generations.
+    # 8 images a generation, in 2 slices, each used twice: 4 micro-batches, 2 to an update. 3 updates: 2 generations.
     trainer = janus_trainer(
         tiny_janus,
         tmp_path,

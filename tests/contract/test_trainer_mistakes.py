@@ -64,7 +64,7 @@ def test_a_grid_that_contradicts_the_decoder_is_refused(tiny_janus, tmp_path, no
     config = JanusConfig.from_pretrained(tiny_janus)
     config.vision_config.num_image_tokens = 80
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="80 image tokens .* 9x9 grid; set vision_config.num_image_tokens"):
+    with pytest.raises(ValueError, match=r"80 image tokens .* 9x9 grid; set vision_config.num_image_tokens"):
         janus_trainer(str(tmp_path), tmp_path)
 
 
@@ -74,7 +74,7 @@ def test_something_that_is_no_model_is_refused(tmp_path, no_weights):
 
 
 def test_a_model_in_memory_needs_its_processor(tmp_path):
-    with pytest.raises(ValueError, match="never saved.*pass processing_class"):
+    with pytest.raises(ValueError, match=r"never saved.*pass processing_class"):
         janus_trainer(build_janus(), tmp_path)
 
 

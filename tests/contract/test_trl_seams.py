@@ -1,4 +1,4 @@
-"""Every private name of TRL that gcpo_trl leans on, with what it leans on. A failure says what moved and where to look."""
+"""Every private name of TRL that gcpo_trl leans on. A failure says what moved and where to look."""
 
 import contextlib
 import inspect
@@ -46,7 +46,9 @@ def trainer(tiny_text, tmp_path_factory):
         bf16=False,
         report_to=[],
     )
-    trainer = GRPOTrainer(tiny_text, [lambda completions, **_: [float(len(c)) for c in completions]], args, text_prompts())
+    trainer = GRPOTrainer(
+        tiny_text, [lambda completions, **_: [float(len(c)) for c in completions]], args, text_prompts()
+    )
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # set by transformers when training starts
     return trainer
@@ -148,7 +150,9 @@ def test_tool_mask_multiplies_into_the_loss_mask(trainer, monkeypatch):
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"])
 def test_advantages_of_every_token_are_accepted(trainer, monkeypatch, loss_type):
     logps = torch.full((2, 3), -1.0)
-    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (logps, torch.zeros(2, 3), None))
+    monkeypatch.setattr(
+        trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (logps, torch.zeros(2, 3), None)
+    )
     monkeypatch.setattr(trainer, "loss_type", loss_type)
     one = torch.tensor([1.0, -2.0])
     expected = trainer._compute_loss(trainer.model, batch_of(one))

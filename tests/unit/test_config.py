@@ -45,6 +45,7 @@ def test_every_setting_has_its_help_and_a_room():
 
 MISTAKES = [
     ({"select_strategies": []}, ["select_strategies is empty", "'everything'"]),
+    ({"select_strategies": "everything"}, ["select_strategies='everything'", "write a list"]),
     ({"select_strategies": ["entropy_gradiant"]}, ["'entropy_gradiant'", "did you mean 'entropy_gradient'"]),
     ({"select_strategies": ["my_missing_package:select"]}, ["my_missing_package:select"]),
     ({"select_strategies": ["initial", "initial"]}, ["['initial', 'initial']", "once"]),
@@ -160,7 +161,7 @@ def test_the_default_settings_suit_images(janus):
 def test_a_token_count_without_a_grid_is_refused(tiny_janus):
     crooked = AutoConfig.from_pretrained(tiny_janus)
     crooked.vision_config.num_image_tokens = 80
-    with pytest.raises(ValueError, match="80 image tokens .* 9x9 grid"):
+    with pytest.raises(ValueError, match=r"80 image tokens .* 9x9 grid"):
         check_image_settings(config(), crooked)
 
 

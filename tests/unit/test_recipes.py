@@ -155,7 +155,9 @@ def test_settings_may_come_without_a_recipe():
 
 def test_an_unknown_key_gives_the_nearest(tmp_path):
     path = write(tmp_path, 'output_dir: "a"\nselect_fractoin: 0.2\n')
-    with pytest.raises(ValueError, match="the recipe has an unknown key 'select_fractoin'; did you mean select_fraction"):
+    with pytest.raises(
+        ValueError, match="the recipe has an unknown key 'select_fractoin'; did you mean select_fraction"
+    ):
         parse([path])
     path = write(tmp_path, 'output_dir: "a"\n')
     with pytest.raises(ValueError, match="the command line has an unknown key 'wieght_clip'; did you mean weight_clip"):

@@ -1,4 +1,4 @@
-"""One sampling step by hand: guidance, temperature, top-k, top-p, the inverse CDF, and whose random numbers are whose."""
+"""One sampling step by hand: guidance, temperature, top-k, top-p, the inverse CDF, and whose numbers are whose."""
 
 import math
 
