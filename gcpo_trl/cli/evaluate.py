@@ -9,10 +9,8 @@ from typing import Any
 
 from ..evaluation.ground_truth import ground_truth_table
 from ..evaluation.shapes import IMAGES_A_PROMPT, evaluate
-from ..policies import load
 from .console import say
-from .sample import add_model_arguments, sampling_of
-from .train import SHIPPED
+from .sample import add_model_arguments, load_policy, sampling_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare(options: argparse.Namespace) -> Callable[[], int]:
     """Load the model; the returned function evaluates it and prints the table."""
-    policy = load(SHIPPED.get(options.model, options.model), options.family)
+    policy = load_policy(options)
     return lambda: report_scores(policy, options)
 
 

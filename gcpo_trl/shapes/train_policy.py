@@ -24,8 +24,8 @@ from .grammar import COLORS, INVERSE, SHAPES, TASKS, Item, Spec, all_specs, spli
 from .localize import encode_tiles
 from .renderer import draw, gradient
 
-# (steps, caption noise, tasks in turn), each stage with its own warm-up and cosine: a second start after the picture side
-# has settled is what lets the words for colours take hold, and binding two colours to two shapes needs the most practice.
+# (steps, caption noise, tasks in turn), each stage with its own warm-up and cosine: a second start after the picture
+# side has settled is what lets the words for colours take hold, and binding colours to shapes needs the most practice.
 STAGES = (
     (1600, 0.4, TASKS),
     (2200, 0.25, TASKS),
