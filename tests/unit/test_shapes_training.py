@@ -11,13 +11,14 @@ from torch.testing import assert_close
 
 from gcpo_trl.evaluation.shapes import summarize
 from gcpo_trl.policies.janus import JanusPolicy
-from gcpo_trl.shapes.build import build_processor, save_atomically
+from gcpo_trl.rollout import Sampling, sample
+from gcpo_trl.shapes.build import CHECKPOINT, build_processor, save_atomically
 from gcpo_trl.shapes.grammar import TASKS, Item, Spec, all_specs
 from gcpo_trl.shapes.localize import encode_tiles
 from gcpo_trl.shapes.renderer import draw
 from gcpo_trl.shapes.train_policy import any_scenes, blank, caption_loss, corrupt, encode_captions, scenes
 from gcpo_trl.shapes.train_tokenizer import encode, quantize, reconstruction_errors, spherical_kmeans, to_pixels
-from reward_funcs.shapes import Judgement, judge_image
+from reward_funcs.shapes import Judgement, detect, judge_image
 
 
 def differences(one, other):
@@ -167,6 +168,20 @@ def test_a_folder_appears_complete_or_not_at_all(tiny_janus, tmp_path):
     again, loaded = load_janus(str(folder))
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
     assert loaded.image_processor.image_mean == build_processor().image_processor.image_mean
+
+
+@pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="no shipped checkpoint; make shapes-model builds it")
+def test_the_shipped_model_is_small_plain_and_draws_shapes():
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 10e6
+    model, processor = load_janus(str(CHECKPOINT))
+    made = build_processor()
+    assert processor.tokenizer.get_vocab() == made.tokenizer.get_vocab()
+    assert processor.chat_template == made.chat_template
+    assert processor.image_processor.image_mean == made.image_processor.image_mean
+    policy = JanusPolicy(model.float(), processor)
+    rollout = sample(policy, PROMPTS[:1] * 8, 0, list(range(8)), Sampling(guidance_scale=3.0))
+    found = [detect(picture) for picture in policy.decode(rollout.tokens)]
+    assert sum(any(shape["class"] != "unknown" for shape in shapes) for shapes in found) >= 6
 
 
 def test_scores_are_means_of_task_means_with_errors_over_prompts():
