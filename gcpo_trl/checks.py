@@ -27,8 +27,8 @@ def load_config(model: Any) -> Any:
     return model.config
 
 
-def check_image_settings(args: Any, config: Any) -> None:
-    """Settings of `GRPOConfig` that have no meaning for images, or that would silently spoil them."""
+def check_image_settings(args: Any, config: Any) -> int:
+    """Tokens an image has; raises on settings of `GRPOConfig` that have no meaning for images or would spoil them."""
     if args.use_vllm or args.use_transformers_continuous_batching:
         name = "use_vllm" if args.use_vllm else "use_transformers_continuous_batching"
         raise ValueError(
@@ -52,6 +52,7 @@ def check_image_settings(args: Any, config: Any) -> None:
             )
     height, width = image_grid(config)
     args.check_tokens(height * width)
+    return height * width
 
 
 def check_text_only(**features: Any) -> None:

@@ -87,7 +87,7 @@ class GCPOTrainer(GRPOTrainer):
             logger.warning("args is a %s: training is plain GRPO; pass a GCPOConfig", type(args).__name__)
             args = GCPOConfig.plain(args)
         if draws_images:
-            check_image_settings(args, config)
+            args.max_completion_length = check_image_settings(args, config)  # dr_grpo divides by it
             check_text_only(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
             check_processor(model, config, processing_class)
             check_dataset(train_dataset)

@@ -69,6 +69,12 @@ def test_named_modules_move(tiny_janus, tmp_path):
     assert moved(trainer.model, tiny_janus) == {"model.generation_head", "model.generation_aligner"}
 
 
+def test_dr_grpo_divides_by_the_tokens_of_an_image(tiny_janus, tmp_path):
+    # TRL's dr_grpo normaliser is max_completion_length, 256 by default, which is no image's length.
+    trainer = janus_trainer(tiny_janus, tmp_path, loss_type="dr_grpo")
+    assert trainer.max_completion_length == TOKENS
+
+
 def test_an_unknown_module_gives_the_nearest(tiny_janus, tmp_path):
     with pytest.raises(
         ValueError, match=r"train_modules has 'language'; did you mean 'language_model'.*generation_head"
