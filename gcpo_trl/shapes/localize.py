@@ -18,7 +18,16 @@ from tqdm import tqdm
 from transformers import JanusVQVAE
 
 from .renderer import SLOTS
-from .train_tokenizer import COMMITMENT, L1_WEIGHT, latents, quantize, reconstruction_errors, to_pixels
+from .train_tokenizer import (
+    COMMITMENT,
+    L1_WEIGHT,
+    descend,
+    freeze,
+    latents,
+    quantize,
+    reconstruction_errors,
+    to_pixels,
+)
 
 CONSISTENCY = 1.0  # weight of the pull of whole-picture latents towards those of their slots
 
@@ -62,18 +71,13 @@ def localize_tokenizer(
         local_ids, local_code = quantize(codebook, local)
         loss = mse + L1_WEIGHT * edge + CONSISTENCY * F.mse_loss(whole, local_code.detach())
         loss = loss + F.mse_loss(code, latent.detach()) + COMMITMENT * F.mse_loss(code.detach(), latent)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(optimizer, model, loss)
         if step % 20 == 0:
             same = (quantize(codebook, whole)[0] == local_ids).float().mean()
             stats = {"mse": mse.item(), "l1": edge.item(), "agree": same.item()}
             stats["codes"] = float(len(local_ids.unique()))
             bar.set_postfix({k: f"{v:.4g}" for k, v in stats.items()}, refresh=False)
-    with torch.no_grad():
-        codebook.copy_(F.normalize(codebook, dim=-1))
-    model.eval().requires_grad_(False)
+    freeze(model)
     return stats
 
 

@@ -120,10 +120,7 @@ def train_tokenizer(
             output = model.decoder(model.post_quant_conv(quantised))
         mse, edge = reconstruction_errors(output.float(), pixels)
         loss = loss + mse + L1_WEIGHT * edge
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(optimizer, model, loss)
         if quantising and step % REVIVE_EVERY == 0 and share < 0.8:
             _revive(codebook, usage, latent, generator)
         if step % 20 == 0:
@@ -131,10 +128,24 @@ def train_tokenizer(
             perplexity = torch.exp(-(frequency * frequency.clamp_min(1e-9).log()).sum())
             stats = {"mse": mse.item(), "l1": edge.item(), "perplexity": perplexity.item()}
             bar.set_postfix({k: f"{v:.4g}" for k, v in stats.items()}, refresh=False)
-    with torch.no_grad():
-        codebook.copy_(F.normalize(codebook, dim=-1))
-    model.eval().requires_grad_(False)
+    freeze(model)
     return stats
+
+
+def descend(optimizer: torch.optim.Optimizer, model: JanusVQVAE, loss: Tensor) -> None:
+    """One optimiser step on ``loss``, gradients clipped to norm 1."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+@torch.no_grad()
+def freeze(model: JanusVQVAE) -> None:
+    """End of training: codes on the unit sphere, where ``decode`` looks them up, and nothing trainable."""
+    codebook = model.quantize.embedding.weight
+    codebook.copy_(F.normalize(codebook, dim=-1))
+    model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
