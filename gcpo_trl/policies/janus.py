@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, JanusForConditionalGeneration, StaticCache
+from transformers import AutoConfig, AutoProcessor, JanusForConditionalGeneration
 from transformers.utils import ModelOutput
 
 from .base import NextLogits, PromptBatch
 from .image_head import score_tokens
+from .llama_decoder import LlamaDecoder, positions
 
 DECODE_BATCH = 16  # pictures a call of the VQ decoder, whose activations dwarf its output
 
@@ -35,11 +36,10 @@ class ImageScores(ModelOutput):
 
 @dataclass
 class DecodeState:
-    """A static cache over ``mask`` ``(rows, max_length)``, filled up to ``length``; rows are conditional first."""
+    """A decoder, conditional rows of the ``batch`` images first, and what the model reads of each image code."""
 
-    cache: StaticCache
-    mask: Tensor
-    length: int
+    decoder: LlamaDecoder
+    table: Tensor
     batch: int
 
 
@@ -100,40 +100,21 @@ class JanusPolicy:
         """Prefill conditional and unconditional prompts once each, then copy their cache to the rows that need it."""
         ids = torch.cat([prompts.ids, prompts.unconditional_ids]) if guided else prompts.ids
         mask = prompts.mask.repeat(2, 1) if guided else prompts.mask
-        language_model = self.model.model.language_model
-        length = ids.shape[1]
-        cache = StaticCache(config=language_model.config, max_cache_len=length + self.num_tokens)
-        hidden = language_model(
-            inputs_embeds=language_model.embed_tokens(ids),
-            attention_mask=mask,
-            position_ids=positions(mask),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
         rows = rows.to(ids.device)
         both = torch.cat([rows, rows + len(prompts.ids)]) if guided else rows
-        for layer in cache.layers:
-            layer.keys, layer.values = layer.keys[both], layer.values[both]
-            layer.batch_size = len(both)
-        ahead = mask.new_ones(len(both), self.num_tokens)
-        state = DecodeState(cache, torch.cat([mask[both], ahead], dim=1), length, len(rows))
-        return state, self._next(hidden[both], state)
+        body = self.model.model.language_model
+        # The last token is drawn and not fed, so the cache has no place for it.
+        decoder = LlamaDecoder(body, body.embed_tokens(ids), mask, both, self.num_tokens - 1)
+        state = DecodeState(decoder, self.token_table(), len(rows))
+        return state, self._next(decoder.hidden, state)
 
     @torch.no_grad()
     def step(self, state: DecodeState, tokens: Tensor) -> NextLogits:
         """One token a row; the unconditional rows see the same token."""
-        if len(state.mask) > state.batch:
-            tokens = tokens.repeat(2)
-        state.length += 1
-        mask = state.mask[:, : state.length]
-        hidden = self.model.model.language_model(
-            inputs_embeds=self.model.prepare_embeddings_for_image_generation(tokens[:, None]),
-            attention_mask=mask,
-            position_ids=mask.sum(-1, keepdim=True) - 1,
-            past_key_values=state.cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        return self._next(hidden, state)
+        embeddings = state.table[tokens]
+        if len(state.decoder.hidden) > state.batch:
+            embeddings = embeddings.repeat(2, 1)
+        return self._next(state.decoder.step(embeddings), state)
 
     def _next(self, hidden: Tensor, state: DecodeState) -> NextLogits:
         logits = self.model.model.generation_head(hidden)
@@ -184,11 +165,6 @@ def image_grid(config: Any) -> tuple[int, int]:
             "vision_config.num_image_tokens to the square of image_size // patch_size"
         )
     return side, side
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position ids that start at 0 on the first real token of a left-padded row."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def teacher_forced(

@@ -141,8 +141,8 @@ def test_a_sample_is_known_by_its_index_and_not_by_its_place(shared_policy):
 
 def test_a_repeated_prompt_is_prefilled_once(policy):
     rows = []
-    policy.model.model.language_model.register_forward_hook(
-        lambda module, args, kwargs, output: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    policy.model.model.language_model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: rows.append(len(output))
     )
     draw(policy, PROMPTS * 3, guidance_scale=3.0)
     # Two prompts, conditional and unconditional; then six images, both ways, at every step but the last.
