@@ -1,4 +1,7 @@
-"""``gcpo shapes-model``: the tiny Janus from scratch, image tokenizer first, and the figures that it must reach."""
+"""``gcpo shapes-model``: the tiny Janus from scratch, image tokenizer first, and the figures that it must reach.
+
+Every stage leaves its model in the work folder, so a killed run goes on with the stage it was in.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import JanusForConditionalGeneration, JanusVQVAE
+from transformers import JanusForConditionalGeneration, JanusProcessor, JanusVQVAE
 
 from ..evaluation.ground_truth import ground_truth_table
 from ..evaluation.shapes import evaluate
@@ -23,51 +26,80 @@ from .console import say
 
 HIDDEN, LAYERS, HEADS = 128, 4, 4
 TOKENIZER_SCENES = 20_000
+TOKENIZER_STEPS, LOCAL_STEPS = 3500, 1500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
-    parser.add_argument("--tokenizer", type=Path, default=None, help="take a trained image tokenizer from this folder")
-    parser.add_argument("--tokenizer-steps", type=int, default=3500)
-    parser.add_argument("--local-steps", type=int, default=1500)
-    parser.add_argument("--policy", type=Path, default=None, help="go on from the policy in this folder")
-    parser.add_argument("--stages", type=int, nargs="*", default=range(len(STAGES)), help="stages of the policy")
+    parser.add_argument("--work", type=Path, default=Path("outputs/shapes-model"), help="where stages are kept")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, to try the command")
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], int]:
-    """The function that trains the model; nothing to check before."""
+    """Check the options; the returned function trains the model."""
+    if not 0 < options.scale <= 1:
+        raise ValueError(f"--scale is {options.scale}; it is a share of the training steps, above 0 and at most 1")
     return lambda: train_world(options)
 
 
 def train_world(options: argparse.Namespace) -> int:
-    """Train, report the figures, save in transformers' layout (bf16 safetensors)."""
-    torch.manual_seed(options.seed)
-    random.seed(options.seed)
-    if options.tokenizer:
-        tokenizer = JanusVQVAE.from_pretrained(options.tokenizer).eval()
-    else:
-        tokenizer = JanusVQVAE(tokenizer_config(IMAGE_SIZE, GRID, IMAGE_CODES, HIDDEN))
-        pictures = any_scenes(TOKENIZER_SCENES, options.seed + 1, STAGES[0][1])
-        say(f"image tokenizer: {train_tokenizer(tokenizer, pictures, options.tokenizer_steps, options.seed)}")
-        _, pictures = scenes(TOKENIZER_SCENES, options.seed + 1, STAGES[0][1])
-        say(f"local codes: {localize_tokenizer(tokenizer, pictures, options.local_steps, options.seed)}")
+    """Train, save in transformers' layout (bf16 safetensors), report the figures."""
+    tokenizer, processor = image_tokenizer(options), build_processor()
     say(ground_truth_table(tokenizer, scenes_a_task=300))
-    processor = build_processor()
-    if options.policy:
-        model = JanusForConditionalGeneration.from_pretrained(options.policy, dtype=torch.float32)
-    else:
-        model = build_model(tokenizer.config, HIDDEN, LAYERS, HEADS)
-        model.model.vqmodel.load_state_dict(tokenizer.state_dict())
-        model.model.generation_embeddings.weight.data.copy_(tokenizer.quantize.embedding.weight)
-    for stage in options.stages:
-        stats = train_policy(model, processor, tokenizer, *STAGES[stage], seed=options.seed + stage)
-        say(f"policy, stage {stage}: {stats}")
-    save_atomically(model.to(torch.bfloat16), processor, options.out)
+    model = policy_model(options, tokenizer, processor)
+    save_atomically(options.out, model.to(torch.bfloat16), processor)
     policy = JanusPolicy(model.float(), processor)
     for scale in (1.0, 1.5, 2.0, 3.0, 5.0):
         report = evaluate(policy, Sampling(guidance_scale=scale, batch_size=256), images_a_prompt=2)
         say(f"\nguidance {scale:g}\n{report.table()}")
     say(f"\nwritten to {options.out}")
     return 0
+
+
+def steps(options: argparse.Namespace, count: int) -> int:
+    """``count`` training steps at the scale asked for, at least one."""
+    return max(1, round(count * options.scale))
+
+
+def image_tokenizer(options: argparse.Namespace) -> JanusVQVAE:
+    """The trained image tokenizer: reconstruction first, then local codes. Saved once, taken from disk afterwards."""
+    folder = options.work / "image_tokenizer"
+    if folder.exists():
+        return JanusVQVAE.from_pretrained(folder).eval().requires_grad_(False)
+    seed_everything(options.seed)
+    model = JanusVQVAE(tokenizer_config(IMAGE_SIZE, GRID, IMAGE_CODES, HIDDEN))
+    pictures = any_scenes(TOKENIZER_SCENES, options.seed + 1)
+    say(f"image tokenizer: {train_tokenizer(model, pictures, steps(options, TOKENIZER_STEPS), options.seed)}")
+    _, pictures = scenes(TOKENIZER_SCENES, options.seed + 1, STAGES[0][1])
+    say(f"local codes: {localize_tokenizer(model, pictures, steps(options, LOCAL_STEPS), options.seed)}")
+    save_atomically(folder, model)
+    return model
+
+
+def policy_model(
+    options: argparse.Namespace, tokenizer: JanusVQVAE, processor: JanusProcessor
+) -> JanusForConditionalGeneration:
+    """The policy after its last stage; stages that are in the work folder are not repeated."""
+    folders = [options.work / f"policy_{stage}" for stage in range(len(STAGES))]
+    done = max((stage + 1 for stage, folder in enumerate(folders) if folder.exists()), default=0)
+    if done:
+        model = JanusForConditionalGeneration.from_pretrained(folders[done - 1], dtype=torch.float32)
+    else:
+        seed_everything(options.seed)
+        model = build_model(tokenizer.config, HIDDEN, LAYERS, HEADS)
+        model.model.vqmodel.load_state_dict(tokenizer.state_dict())
+        model.model.generation_embeddings.weight.data.copy_(tokenizer.quantize.embedding.weight)
+    for stage, (count, noise, tasks) in list(enumerate(STAGES))[done:]:
+        seed = options.seed + stage
+        losses = train_policy(model, processor, tokenizer, steps(options, count), noise, tasks, seed=seed)
+        say(f"policy, stage {stage}: {losses}")
+        save_atomically(folders[stage], model)
+    return model
+
+
+def seed_everything(seed: int) -> None:
+    """Initial weights and drawn scenes are those of ``seed``."""
+    torch.manual_seed(seed)
+    random.seed(seed)

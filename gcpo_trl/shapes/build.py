@@ -7,7 +7,6 @@ Everything is saved in transformers' layout, so that ``JanusForConditionalGenera
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -19,6 +18,7 @@ from transformers import (
     JanusVisionConfig,
     JanusVQVAEConfig,
     LlamaConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
@@ -133,13 +133,13 @@ def build_model(
     return model
 
 
-def save_atomically(model: JanusForConditionalGeneration, processor: JanusProcessor, folder: Path) -> None:
-    """Save both under ``folder``, which appears only once it is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        shutil.copytree(temporary, folder.with_name(folder.name + ".new"))
-        folder.with_name(folder.name + ".new").rename(folder)
+def save_atomically(folder: Path, *parts: PreTrainedModel | JanusProcessor) -> None:
+    """Save ``parts`` under ``folder``, which appears only once it is complete."""
+    partial = folder.with_name(folder.name + ".new")
+    if partial.exists():  # left by a run that was killed while saving
+        shutil.rmtree(partial)
+    for part in parts:
+        part.save_pretrained(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)

@@ -35,7 +35,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 HELD_OUT_A_TASK = 40
-HELD_OUT_SINGLES = 3  # only twelve single-object prompts exist
+HELD_OUT_SINGLES = 6  # only twelve single-object prompts exist
 SPLIT_SEED = 43  # GenEval's own prompt seed
 
 

@@ -34,6 +34,24 @@ def group_advantages(batch, group=2):
     return (centred / (rewards.std(1, correction=1, keepdim=True) + 1e-4)).flatten()
 
 
+@pytest.mark.parametrize(
+    ("rewards", "advantages"),
+    [
+        ([1.0, 0.0, 0.0, 1.0], [0.865875, -0.865875, -0.865875, 0.865875]),  # std 0.577350
+        ([0.2, 0.4, 0.6, 0.8], [-1.161445, -0.387148, 0.387148, 1.161445]),
+        ([0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_advantages_are_rewards_over_the_groups_unbiased_deviation(tiny_janus, tmp_path, rewards, advantages):
+    def fixed(prompts, completions, **columns):
+        return rewards
+
+    trainer = janus_trainer(tiny_janus, tmp_path, reward=fixed, num_generations=4)
+    kept = record(trainer)
+    trainer.train()
+    assert_close(kept.batches[0]["advantages"], torch.tensor(advantages), rtol=0, atol=1e-6)
+
+
 def twin(trainer, path):
     """A model with the trainer's present weights and nothing patched, and the untouched one it started from."""
     policy, reference = load_janus(path)[0], load_janus(path)[0]

@@ -162,8 +162,8 @@ def test_codes_of_a_slot_depend_on_that_slot_alone(tiny_janus):
 def test_a_folder_appears_complete_or_not_at_all(tiny_janus, tmp_path):
     model, processor = load_janus(tiny_janus)
     folder = tmp_path / "deep" / "checkpoint"
-    save_atomically(model, processor, folder)
-    save_atomically(model, processor, folder)  # over the one that is there
+    save_atomically(folder, model, processor)
+    save_atomically(folder, model, processor)  # over the one that is there
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
     again, loaded = load_janus(str(folder))
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
