@@ -32,6 +32,7 @@ from .objective.selection import critical_tokens
 from .objective.signals import Signals, group_similarity_from_ids
 from .objective.weighting import advantage_weight
 from .policies import adapt, family_of
+from .resume import ExactResume
 from .rewards import load_reward
 from .rollout import Rollout, Sampling, sample
 
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 EVAL_SEED_OFFSET = 7_919  # keeps evaluation images apart from training images of the same seed
 
 
-class GCPOTrainer(GRPOTrainer):
+class GCPOTrainer(ExactResume, GRPOTrainer):
     """`trl.GRPOTrainer` that trains image (and text) policies on critical tokens with a dynamic advantage weight.
 
     Takes GRPOTrainer's arguments; ``args`` is a `GCPOConfig`. A plain `GRPOConfig` trains exactly as GRPOTrainer would.
@@ -58,6 +59,7 @@ class GCPOTrainer(GRPOTrainer):
     policy: Any = None
     _rollout: Rollout | None = None
     _images: list[Any] | None = None
+    _token_table: Tensor | None = None
     _to_weight: dict[str, Any] | None = None
     _eval_samples = 0
 
@@ -144,6 +146,8 @@ class GCPOTrainer(GRPOTrainer):
             encoded = self.policy.encode(prompts)
             self._rollout = self._sample(prompts, seed, indices)
             self._images = self.policy.decode(self._rollout.tokens)
+            # Read here, where ZeRO-3 has gathered the weights.
+            self._token_table = self.policy.token_table(self.args.select_similarity_space).detach().clone()
             self.model.train(training)
         tokens = self._rollout.tokens
         self._log_mean("gcpo/rollout/tokens_per_s", tokens.numel() / (time.perf_counter() - start))
@@ -171,16 +175,11 @@ class GCPOTrainer(GRPOTrainer):
         """Seed and global indices of this rank's next ``count`` samples: no two samples of a run share both."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if self.model.training:
-            seed, first = self.args.seed, self._micro_step() * count * world
+            seed, first = self.args.seed, self._step * count * world
         else:
             seed, first = self.args.seed + EVAL_SEED_OFFSET, self._eval_samples
             self._eval_samples += count * world
         return seed, list(range(first + rank * count, first + (rank + 1) * count))
-
-    def _micro_step(self) -> int:
-        """Batches seen since the start of training, also after a resume, where TRL's own counter starts at 0."""
-        accumulation = self.args.gradient_accumulation_steps
-        return self.state.global_step * accumulation + self._step % accumulation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """GRPOTrainer's evaluation; every call draws its images from the same seeds."""
@@ -219,7 +218,7 @@ class GCPOTrainer(GRPOTrainer):
         valid = self._valid(batch)
         entropy = self._rollout.entropy if self._rollout is not None else self._text_entropy(batch)
         self._log_mean("gcpo/entropy/all", entropy, valid)
-        seed = (self.args.seed * 1_000_003 + self._micro_step()) * self.accelerator.num_processes
+        seed = (self.args.seed * 1_000_003 + self._step) * self.accelerator.num_processes
         generator = torch.Generator().manual_seed(seed + self.accelerator.process_index)
         return Signals(entropy, self._similarity(batch, valid), valid, self.policy.grid, generator)
 
@@ -239,11 +238,18 @@ class GCPOTrainer(GRPOTrainer):
         used, ids = ids.unique(return_inverse=True)  # a text vocabulary is far larger than a batch
         similarity = group_similarity_from_ids(
             rearrange(ids, "(prompts group) seq -> prompts group seq", group=group),
-            self.policy.token_table(self.args.select_similarity_space)[used],
+            self._table_rows(used),
             rearrange(alive.bool(), "(prompts group) seq -> prompts group seq", group=group),
         ).repeat_interleave(group, dim=0)
         first = accelerator.process_index * rows
         return similarity[first : first + rows, :seq]
+
+    def _table_rows(self, tokens: Tensor) -> Tensor:
+        """Embeddings ``(tokens, dim)`` in which similarity is measured."""
+        if self._token_table is not None:
+            return self._token_table[tokens]
+        with trl_compat.gathered(self.policy.model.get_input_embeddings()):
+            return self.policy.token_table(self.args.select_similarity_space)[tokens]
 
     @torch.no_grad()
     def _text_entropy(self, batch: dict[str, Any]) -> Tensor:

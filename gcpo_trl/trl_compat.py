@@ -79,6 +79,16 @@ def generation_context(trainer: Any) -> contextlib.ExitStack:
     return stack
 
 
+def gathered(module: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Whole parameters of ``module``: under ZeRO-3 they are gathered for the time being, elsewhere they are there."""
+    parameters = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not parameters:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
 def with_critical_mask(trainer: Any, batch: dict[str, Any], critical: Tensor) -> dict[str, Any]:
     """The batch with only ``critical`` tokens in its loss: TRL multiplies ``tool_mask`` into the loss mask.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import GCPOConfig
+from ..resume import last_whole_checkpoint
 from ..rewards import load_reward
 from ..shapes.build import CHECKPOINT
 from .datasets import load_prompts
@@ -59,7 +60,8 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     trainer = build_trainer(run, args, model_args)
 
     def train() -> int:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if run.resume else None)
+        last = last_whole_checkpoint(Path(args.output_dir)) if run.resume else None
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
         trainer.save_model(args.output_dir)
         return 0
 

@@ -1,0 +1,116 @@
+"""A run that goes on from a checkpoint is the run that was never interrupted, also inside a rollout buffer."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import janus_trainer, record
+
+from gcpo_trl.resume import is_whole, last_whole_checkpoint, load_buffer, save_buffer
+
+SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+# 8 images a generation in 2 slices, each used twice: steps 1 to 4 share one generation.
+BUFFER = {"num_iterations": 2, "steps_per_generation": 2}
+NUMBERS = ("loss", "reward", "reward_std", "grad_norm", "kl", "gcpo/weight/mean", "num_tokens")
+
+
+def adapter():
+    return LoraConfig(r=2, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+
+
+def logged(trainer):
+    return [{key: entry.get(key) for key in NUMBERS} for entry in trainer.state.log_history if "loss" in entry]
+
+
+def images(kept):
+    return [batch["completion_ids"].tolist() for batch in kept.batches]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("step", "changes", "generations"), [(2, {}, 3), (3, BUFFER, 1), (4, BUFFER, 1)], ids=["free", "inside", "between"]
+)
+def test_a_continued_run_is_the_uninterrupted_one(tiny_janus, tmp_path, lora, step, changes, generations):
+    def build():
+        peft = adapter() if lora else None
+        return janus_trainer(tiny_janus, tmp_path, peft_config=peft, learning_rate=1e-3, **SAVED, **changes)
+
+    whole = build()
+    before = record(whole)
+    whole.train()
+    again = build()
+    after = record(again)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+
+    assert logged(again) == logged(whole)
+    assert after.losses == before.losses[step:]
+    assert len(after.batches) == generations and images(after) == images(before)[-generations:]
+    expected, found = whole.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_buffer_comes_back_as_it_was(tmp_path):
+    batch = {"ids": torch.arange(6).view(2, 3), "advantages": torch.tensor([0.5, -0.5])}
+    halves = [{key: value[i : i + 1] for key, value in batch.items()} | {"images": None, "turns": [i]} for i in (0, 1)]
+    save_buffer(tmp_path / "new", rank=1, world=2, step=7, buffer=halves)
+    step, found = load_buffer(tmp_path / "new", rank=1, world=2, device=torch.device("cpu"))
+    assert step == 7 and [part["turns"] for part in found] == [[0], [1]] and found[0]["images"] is None
+    assert all(torch.equal(part[key], half[key]) for part, half in zip(found, halves, strict=True) for key in batch)
+    assert sorted(path.suffix for path in (tmp_path / "new").iterdir()) == [".json", ".safetensors"]
+
+
+def test_a_buffer_of_other_ranks_is_not_used(tmp_path, caplog):
+    save_buffer(tmp_path, rank=0, world=2, step=7, buffer=[])
+    assert load_buffer(tmp_path, rank=0, world=1, device=torch.device("cpu")) is None
+    assert "was written by 2 ranks, this run has 1" in caplog.text
+    assert load_buffer(tmp_path, rank=1, world=2, device=torch.device("cpu")) is None
+    assert "holds no rollout buffer" in caplog.text
+
+
+def test_a_checkpoint_cut_short_is_passed_over(tiny_janus, tmp_path, caplog):
+    trainer = janus_trainer(tiny_janus, tmp_path, **SAVED)
+    with pytest.raises(ValueError, match=r"'None' is no checkpoint .* the last one in .* is None"):
+        trainer.train(resume_from_checkpoint=True)
+    for step, state in ((9, '{"global_step": 9}'), (10, '{"global_st'), (11, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state:
+            (folder / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-old").mkdir()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    assert "checkpoint-10 was not saved to its end" in caplog.text
+    with pytest.raises(ValueError, match=r"checkpoint-11' is no checkpoint .* is .*checkpoint-9"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-11"))
+
+
+def test_a_checkpoint_written_over_an_old_one_is_not_whole_before_its_end(tiny_janus, tmp_path, monkeypatch):
+    # A run started anew in the folder of an old one, killed while it saves.
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
+    trainer = janus_trainer(tiny_janus, tmp_path, **SAVED)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "save_model", killed)
+    assert is_whole(folder)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not is_whole(folder)
+
+
+def test_the_state_of_the_trainer_is_written_last(tiny_janus, tmp_path, monkeypatch):
+    trainer = janus_trainer(tiny_janus, tmp_path, **(SAVED | {"max_steps": 1}))
+    seen = []
+    wait = trainer.accelerator.wait_for_everyone
+    monkeypatch.setattr(
+        trainer.accelerator,
+        "wait_for_everyone",
+        lambda: (seen.append(sorted(path.name for path in (tmp_path / "checkpoint-1").iterdir())), wait())[1],
+    )
+    trainer.train()
+    present = next(names for names in seen if "rollout_0.json" in names)
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "rollout_0.safetensors"} <= set(present)
+    assert "trainer_state.json" not in present and is_whole(tmp_path / "checkpoint-1")
