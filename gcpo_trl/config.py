@@ -101,8 +101,8 @@ class GCPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Parts of an image model that train: language_model, generation_head, generation_aligner, "
-            "generation_embeddings. Default (published): language_model. Text models train as in GRPOTrainer; with "
-            "LoRA, target_modules decides."
+            "generation_embeddings. Default (published): language_model. With LoRA, the linear layers of these parts "
+            "are adapted unless target_modules says otherwise. Text models train as in GRPOTrainer."
         },
     )
 

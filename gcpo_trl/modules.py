@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from typing import Any
 
@@ -21,6 +22,18 @@ def freeze_all_but(model: nn.Module, policy: Any, names: list[str] | None) -> No
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"train_modules has {name!r}; {hint}choose from {', '.join(policy.modules)}")
         model.get_submodule(policy.modules[name]).requires_grad_(True)
+
+
+def with_lora_targets(peft_config: Any, pattern: str) -> Any:
+    """``peft_config``, or a copy that adapts ``pattern`` where it does not say what to adapt.
+
+    PEFT has no default for image models and would ask for one, or take every ``q_proj`` of the vision tower too.
+    """
+    if getattr(peft_config, "target_modules", "") is not None or getattr(peft_config, "target_parameters", None):
+        return peft_config
+    peft_config = copy.copy(peft_config)
+    peft_config.target_modules = pattern
+    return peft_config
 
 
 def train_report(model: nn.Module) -> str:

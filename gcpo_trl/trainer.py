@@ -27,11 +27,11 @@ from .checks import (
     load_config,
 )
 from .config import GCPOConfig
-from .modules import freeze_all_but, train_report
+from .modules import freeze_all_but, train_report, with_lora_targets
 from .objective.selection import critical_tokens
 from .objective.signals import Signals, group_similarity_from_ids
 from .objective.weighting import advantage_weight
-from .policies import adapt, family_of
+from .policies import adapt, family_of, lora_targets
 from .resume import ExactResume
 from .rewards import load_reward
 from .rollout import Rollout, Sampling, sample
@@ -94,6 +94,8 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             check_processor(model, config, processing_class)
             check_dataset(train_dataset)
             check_dataset(eval_dataset)
+            if peft_config is not None:
+                peft_config = with_lora_targets(peft_config, lora_targets(config, args.train_modules))
             reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [load_reward(reward) for reward in reward_funcs]
         with trl_compat.reference_built(args, model, needed=args.needs_weight):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from ..analysis.pictures import grid
 from ..policies import load
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, and how to sample from it."""
     parser.add_argument("--model", default="shapes-janus", help="path, hub id or 'shapes-janus'")
+    parser.add_argument("--adapter", default=None, help="LoRA adapter on that model: path or hub id")
     parser.add_argument("--family", default="janus", help="adapter in gcpo_trl/policies")
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="Janus-Pro: 5; the shapes model: 1.5")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -57,6 +59,8 @@ def load_policy(options: argparse.Namespace) -> Any:
     """The model of the options, on a GPU in its own precision if there is one; in fp32 on a CPU, which is faster."""
     gpu = torch.cuda.is_available()
     policy = load(SHIPPED.get(options.model, options.model), options.family, dtype="auto" if gpu else torch.float32)
+    if options.adapter:
+        PeftModel.from_pretrained(policy.model, options.adapter)  # puts its layers into the policy's own model
     if gpu:
         policy.model.to("cuda")
     return policy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..plugins import available, resolve
@@ -21,6 +22,12 @@ def image_grid(config: Any) -> tuple[int, int]:
     return grid
 
 
+def lora_targets(config: Any, modules: Sequence[str] | None = None) -> str:
+    """Pattern of the linear layers that LoRA adapts in the named parts of an image family; default: what trains."""
+    pattern: str = resolve(family_of(config), __name__, "lora_targets")(modules)
+    return pattern
+
+
 def adapt(model: Any, processor: Any) -> Any:
     """The policy around a loaded model (unwrapped: no PEFT, DDP or engine around it)."""
     return resolve(family_of(model.config), __name__, "adapt")(model, processor)
@@ -31,4 +38,4 @@ def load(model_id: str, family: str, **kwargs: Any) -> Any:
     return resolve(family, __name__, "load")(model_id, **kwargs)
 
 
-__all__ = ["FAMILIES", "adapt", "available", "family_of", "image_grid", "load"]
+__all__ = ["FAMILIES", "adapt", "available", "family_of", "image_grid", "load", "lora_targets"]

@@ -22,6 +22,12 @@ from .base import NextLogits, PromptBatch
 from .image_head import score_tokens
 from .llama_decoder import LlamaDecoder, positions
 
+# Linear layers of each part, as a pattern behind its name. "q_proj" alone would also hit the vision tower.
+LORA_LAYERS = {
+    "language_model": r"layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
+    "generation_head": r"(proj_out|vision_head)",
+    "generation_aligner": r"(fc1|hidden_layers\.\d+)",
+}
 DECODE_BATCH = 16  # pictures a call of the VQ decoder, whose activations dwarf its output
 
 
@@ -186,6 +192,18 @@ def teacher_forced(
     ).last_hidden_state[:, -num_tokens:]
     log_probs, entropies = score_tokens(model.model.generation_head, hidden, tokens, temperature)
     return ImageScores(log_probs=log_probs, entropy=entropies)
+
+
+def lora_targets(modules: Sequence[str] | None = None) -> str:
+    """Pattern of full module names for ``LoraConfig.target_modules``: linear layers of the named parts, never the VQ's.
+
+    Raises ValueError for a part that has no linear layer to adapt.
+    """
+    names = list(modules) if modules else list(JanusPolicy.default_modules)
+    for name in names:
+        if name not in LORA_LAYERS:
+            raise ValueError(f"train_modules has {name!r}, which LoRA cannot adapt; use {', '.join(LORA_LAYERS)}")
+    return "|".join(rf"(.*\.)?{name}\.{LORA_LAYERS[name]}" for name in names)
 
 
 def adapt(model: JanusForConditionalGeneration, processor: Any) -> JanusPolicy:
