@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -25,6 +26,29 @@ def load_config(model: Any) -> Any:
     if not hasattr(model, "config"):
         raise TypeError(f"model is a {type(model).__name__}; pass a path, a hub id or a transformers model")
     return model.config
+
+
+def check_engine(state: Any) -> None:
+    """The processes and the engine that the launcher promised; accelerate drops either without a word.
+
+    ``state`` is accelerate's PartialState as the training arguments made it.
+    """
+    promised = int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+    if state.num_processes != promised:
+        raise ValueError(
+            f"the launcher started {promised} processes, but each trains alone; start them with `accelerate launch "
+            "--multi_gpu` or a file of recipes/accelerate"
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true" and state._cpu:
+        raise ValueError("use_cpu=True makes accelerate train with DDP instead of DeepSpeed; set it to False")
+
+
+def engine_report(accelerator: Any) -> str:
+    """One line: processes and what keeps them together, so that a run's log says how it ran."""
+    kind = str(accelerator.distributed_type).rpartition(".")[-1]
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    engine = {"DEEPSPEED": f"DeepSpeed ZeRO-{plugin.zero_stage}" if plugin else "", "NO": "no engine"}.get(kind, kind)
+    return f"{accelerator.num_processes} process(es), {engine}, on {accelerator.device}"
 
 
 def check_image_settings(args: Any, config: Any) -> int:

@@ -20,9 +20,11 @@ from trl import GRPOTrainer
 from . import trl_compat
 from .checks import (
     check_dataset,
+    check_engine,
     check_image_settings,
     check_processor,
     check_text_only,
+    engine_report,
     first_non_finite,
     load_config,
 )
@@ -88,8 +90,11 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         elif not isinstance(args, GCPOConfig):
             logger.warning("args is a %s: training is plain GRPO; pass a GCPOConfig", type(args).__name__)
             args = GCPOConfig.plain(args)
+        check_engine(args.distributed_state)
         if draws_images:
             args.max_completion_length = check_image_settings(args, config)  # dr_grpo divides by it
+            if args.ddp_find_unused_parameters is None:
+                args.ddp_find_unused_parameters = False  # every trained part of an image policy is used
             check_text_only(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
             check_processor(model, config, processing_class)
             check_dataset(train_dataset)
@@ -125,7 +130,8 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         plain = self._plain(self.model)
         if plain is self.accelerator.unwrap_model(self.model):  # with PEFT the adapter decides what trains
             freeze_all_but(plain, self.policy, self.args.train_modules)
-        logger.info(train_report(self.model))
+        if self.accelerator.is_main_process:
+            logger.info("%s; %s", engine_report(self.accelerator), train_report(self.model))
         self.policy.attach_head(plain, self.temperature)
         if self.ref_model is not None:
             self.policy.attach_head(self._plain(self.ref_model), self.temperature)
@@ -250,7 +256,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         """Embeddings ``(tokens, dim)`` in which similarity is measured."""
         if self._token_table is not None:
             return self._token_table[tokens]
-        with trl_compat.gathered(self.policy.model.get_input_embeddings()):
+        with trl_compat.gathered(self, self.policy.model.get_input_embeddings()):
             return self.policy.token_table(self.args.select_similarity_space)[tokens]
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from trl.models.utils import unwrap_model_for_generation
 
 ANY_BETA = 1.0  # not zero, so that TRL builds and runs the reference; the KL term never sees it
@@ -75,18 +76,32 @@ def generation_context(trainer: Any) -> contextlib.ExitStack:
         )
     )
     stack.enter_context(torch.no_grad())
-    stack.enter_context(trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False))
+    stack.enter_context(trainer._dist.summon_full_params(trainer.model_wrapped, recurse=True))
+    stack.enter_context(unsharded(trainer.model_wrapped))
     return stack
 
 
-def gathered(module: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Whole parameters of ``module``: under ZeRO-3 they are gathered for the time being, elsewhere they are there."""
-    parameters = [p for p in module.parameters() if hasattr(p, "ds_id")]
-    if not parameters:
-        return contextlib.nullcontext()
-    import deepspeed
+def gathered(trainer: Any, module: torch.nn.Module) -> Any:
+    """Context in which the parameters of ``module`` are whole, also under ZeRO-3."""
+    return trainer._dist.gather_params(list(module.parameters()))
 
-    return deepspeed.zero.GatheredParameters(parameters)
+
+@contextlib.contextmanager
+def unsharded(model: torch.nn.Module) -> Iterator[None]:
+    """Whole parameters under FSDP2, where they are otherwise whole only inside the forward of their own shard.
+
+    The sampler calls parts of a layer and not the layer, so the hooks that would gather them never run.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for shard in shards:
+        shard.set_reshard_after_forward(False)  # the forward of the prompts must not take them away again
+        shard.unshard()
+    try:
+        yield
+    finally:
+        for shard in shards:
+            shard.set_reshard_after_forward(True)
+            shard.reshard()
 
 
 def with_critical_mask(trainer: Any, batch: dict[str, Any], critical: Tensor) -> dict[str, Any]:

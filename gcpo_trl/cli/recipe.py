@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from ..config import GCPOConfig
+from .devices import BATCH_KEY, accumulation_for, launcher_settings, processes
 
 LAUNCH_KEY = "launch"
 
@@ -34,6 +36,13 @@ class RunArguments:
     reward_funcs: list[str] = field(
         default_factory=lambda: ["shapes"],
         metadata={"help": "Rewards: names of files in reward_funcs, or 'package.module:function'."},
+    )
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images an update trains on, over all devices; gradient_accumulation_steps follows from it, so "
+            "that a recipe trains alike on any number of GPUs."
+        },
     )
     resume: bool = field(default=False, metadata={"help": "Continue from the last complete checkpoint in output_dir."})
 
@@ -60,15 +69,43 @@ def parse(arguments: list[str]) -> tuple[RunArguments, GCPOConfig, ModelConfig]:
         arguments.pop(0)
     parser = TrlParser((RunArguments, GCPOConfig, ModelConfig))
     known = {action.dest for action in parser._actions} - {"help"}
+    settings: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("--"):
         settings = read_recipe(arguments.pop(0))
         for key, value in settings.pop("env", {}).items():
             os.environ[key] = str(value)
         _check_keys(settings, known, "the recipe")
-        parser.set_defaults_with_config(**settings)
-    given = {a[2:].split("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
-    _check_keys(given - {"help"}, known | {f"no_{key}" for key in known}, "the command line")
+    given = _given(arguments)
+    _check_keys(set(given) - {"help"}, known | {f"no_{key}" for key in known}, "the command line")
+    settings |= launcher_settings(settings | given)
+    settings |= _accumulation(settings | given)
+    parser.set_defaults_with_config(**settings)
     return parser.parse_args_into_dataclasses(args=arguments)
+
+
+def _given(arguments: list[str]) -> dict[str, str]:
+    """Keys of the command line with their first word: ``--key value``, ``--key=value``, ``--key``."""
+    given = {}
+    for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            given[key.replace("-", "_")] = value if equals else following
+    return given
+
+
+def _accumulation(settings: dict[str, Any]) -> dict[str, int]:
+    """``gradient_accumulation_steps`` where ``total_batch_size`` decides it."""
+    if settings.get("total_batch_size") is None:
+        return {}
+    if "gradient_accumulation_steps" in settings:
+        raise ValueError("total_batch_size decides gradient_accumulation_steps; leave one of the two out")
+    sizes = {key: GCPOConfig.__dataclass_fields__[key].default for key in (BATCH_KEY, "num_generations")}
+    per_device, group = (int(settings.get(key, default)) for key, default in sizes.items())
+    return {
+        "gradient_accumulation_steps": accumulation_for(
+            int(settings["total_batch_size"]), per_device, processes(), group
+        )
+    }
 
 
 def _check_keys(keys: Any, known: set[str], where: str) -> None:

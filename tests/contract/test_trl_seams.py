@@ -9,12 +9,13 @@ import torch
 import trl.trainer.grpo_trainer as grpo
 from tiny import redness, text_prompts
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head
 
 from gcpo_trl import GCPOTrainer, trl_compat
+from gcpo_trl.resume import ExactResume
 
 LOOK = "TRL moved; compare gcpo_trl/trl_compat.py and gcpo_trl/trainer.py with trl/trainer/grpo_trainer.py of TRL"
 
@@ -95,10 +96,32 @@ def test_what_we_override_exists():
     overridden = {"_generate", "_calculate_rewards", "_generate_and_score_completions", "_compute_loss", "evaluate"}
     overridden |= {"_get_per_token_logps_and_entropies", "__init__"}
     assert overridden <= ours
+    resumed = {name for name, value in vars(ExactResume).items() if inspect.isfunction(value)}
+    assert resumed == {"train", "_get_train_sampler", "_save_checkpoint", "_save_rng_state", "_load_rng_state"}
+    overridden |= resumed
     gone = {name for name in overridden if not hasattr(GRPOTrainer, name)}
     assert not gone, f"GRPOTrainer has no {gone} to override. {LOOK}"
     clash = {name for name in ours - overridden if hasattr(GRPOTrainer, name)}
     assert not clash, f"GRPOTrainer now has {clash} too, which GCPOTrainer hides; rename ours"
+
+
+def test_the_state_of_the_trainer_is_saved_behind_that_of_the_random_numbers():
+    # What calls a checkpoint whole is written last, and what a run goes on from is read before its first batch.
+    source = inspect.getsource(Trainer._save_checkpoint)
+    last = source.index("save_to_json(os.path.join(output_dir, TRAINER_STATE_NAME))")
+    assert source.index("_save_rng_state(output_dir)") < last < source.index("rotate_checkpoints("), LOOK
+    assert parameters(Trainer.train)[:4] == ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"], LOOK
+    assert "_load_rng_state(resume_from_checkpoint)" in inspect.getsource(Trainer._run_epoch), LOOK
+
+
+def test_prompts_are_repeated_by_a_sampler_that_shuffles_once_an_epoch(trainer):
+    sampler = trainer._get_train_sampler()
+    assert {"shuffle", "seed", "generator", "num_samples"} <= set(vars(sampler)), f"RepeatSampler changed. {LOOK}"
+    next(iter(sampler))
+    state = sampler.generator.get_state()
+    again = torch.Generator().manual_seed(sampler.seed)
+    torch.randperm(sampler.num_samples, generator=again)
+    assert torch.equal(state, again.get_state()), f"RepeatSampler draws other than one permutation. {LOOK}"
 
 
 def test_the_reference_is_built_by_a_function_of_the_module(tiny_text, tmp_path, monkeypatch):
