@@ -37,6 +37,7 @@ from .policies import adapt, family_of, lora_targets
 from .resume import ExactResume
 from .rewards import load_reward
 from .rollout import Rollout, Sampling, sample
+from .shapes.build import SHIPPED
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
     """`trl.GRPOTrainer` that trains image (and text) policies on critical tokens with a dynamic advantage weight.
 
     Takes GRPOTrainer's arguments; ``args`` is a `GCPOConfig`. A plain `GRPOConfig` trains exactly as GRPOTrainer would.
+    ``model`` may also be "shapes-janus", the tiny Janus that ships with the package.
     For an image policy the reward functions receive PIL images as ``completions`` and may return None for an image that
     they could not score.
 
@@ -82,6 +84,8 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         rollout_func: Any = None,
         environment_factory: Any = None,
     ) -> None:
+        if isinstance(model, str):
+            model = SHIPPED.get(model, model)
         config = load_config(model)
         draws_images = family_of(config) != "text"
         if args is None:

@@ -103,10 +103,11 @@ def run_once(plan: Plan, arm: str, rate: float | None, seed: int) -> dict[str, A
         trainer.train()
     minutes = (time.monotonic() - start) / 60
     trainer.model.eval()
-    scores = {
-        f"{scale:g}": evaluate(trainer.policy, Sampling(guidance_scale=scale, batch_size=256)).overall
+    reports = {
+        f"{scale:g}": evaluate(trainer.policy, Sampling(guidance_scale=scale, batch_size=256))
         for scale in ((guidance, 1.0) if arm in UNGUIDED else (guidance,))
     }
+    scores = {scale: report.overall for scale, report in reports.items()}
     rewards = [float(entry["reward"]) for entry in trainer.state.log_history if "reward" in entry]
     result = {
         "arm": arm,
@@ -115,6 +116,7 @@ def run_once(plan: Plan, arm: str, rate: float | None, seed: int) -> dict[str, A
         "minutes": minutes,
         "train_reward": statistics.fmean(rewards[-LAST_STEPS:]) if rewards else math.nan,
         "guidance": guidance,
+        "images": reports[f"{guidance:g}"].images,
         "scores": scores,
         "rewards": rewards,
     }
@@ -174,7 +176,7 @@ def table(base: dict[str, Any], results: dict[str, list[dict[str, Any]]], plan: 
     minutes = sum(run["minutes"] for runs in results.values() for run in runs)
     lines.append(
         f"\n{plan.steps} steps, {plan.seeds} seeds, mean ± half of the 95% t interval over seeds; evaluation at "
-        f"guidance {guidance} on 1,218 images of held-out prompts (standard error of the base model "
+        f"guidance {guidance} on {base['images']:,} images of held-out prompts (standard error of the base model "
         f"{base['scores'][guidance]['exact']['error']:.3f}). Learning rates tried: "
         f"{', '.join(f'{rate:g}' for rate in plan.rates)}. Training of the runs shown: {minutes:.0f} minutes."
     )

@@ -13,8 +13,8 @@ from peft import PeftModel
 from ..analysis.pictures import grid
 from ..policies import load
 from ..rollout import Sampling, sample
+from ..shapes.build import SHIPPED
 from .console import say
-from .train import SHIPPED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,11 +12,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..config import GCPOConfig
 from ..resume import last_whole_checkpoint
 from ..rewards import load_reward
-from ..shapes.build import CHECKPOINT
 from .datasets import load_prompts
 from .recipe import RunArguments, parse
-
-SHIPPED = {"shapes-janus": str(CHECKPOINT)}
 
 
 class RewardProgress(ProgressCallback):
@@ -40,7 +37,7 @@ def build_trainer(run: RunArguments, args: GCPOConfig, model_args: ModelConfig, 
         args.model_init_kwargs["attn_implementation"] = model_args.attn_implementation
     set_seed(args.seed)
     trainer = GCPOTrainer(
-        model=SHIPPED.get(model_args.model_name_or_path, model_args.model_name_or_path),
+        model=model_args.model_name_or_path,
         reward_funcs=rewards,
         args=args,
         train_dataset=dataset,

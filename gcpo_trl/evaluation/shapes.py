@@ -18,7 +18,7 @@ from reward_funcs.shapes import Judgement, judge_image
 from ..rollout import Sampling, sample
 from ..shapes.grammar import TASKS, Spec, held_out_specs
 
-IMAGES_A_PROMPT = 6  # 203 prompts, 1,218 images
+IMAGES_A_PROMPT = 6  # 206 prompts, 1,236 images
 MEASURES = ("exact", "correct", "inventory", "extra")
 
 

@@ -27,6 +27,7 @@ from .grammar import COLORS, NUMBERS, SHAPES
 from .renderer import IMAGE_SIZE
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
+SHIPPED = {"shapes-janus": str(CHECKPOINT)}  # names that stand for a model in this package
 GRID = 9
 IMAGE_CODES = 512
 
