@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import GCPOConfig
+    from .held_out import HeldOutCallback
     from .trainer import GCPOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["GCPOConfig", "GCPOTrainer", "__version__"]
+__all__ = ["GCPOConfig", "GCPOTrainer", "HeldOutCallback", "__version__"]
 
-_HOME = {"GCPOConfig": "config", "GCPOTrainer": "trainer"}
+_HOME = {"GCPOConfig": "config", "GCPOTrainer": "trainer", "HeldOutCallback": "held_out"}
 
 
 def __getattr__(name: str) -> Any:

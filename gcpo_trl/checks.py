@@ -79,6 +79,23 @@ def check_image_settings(args: Any, config: Any) -> int:
     return height * width
 
 
+def check_text_settings(args: Any, config: Any) -> None:
+    """Raise on settings of `GCPOConfig` that need pictures, which a text model does not draw."""
+    if args.log_images:
+        raise ValueError(
+            f"log_images={args.log_images}, but {config.model_type} draws no images; set it to 0, and "
+            "log_completions=True to see texts"
+        )
+
+
+def check_count(name: str, value: Any, least: int, hint: str) -> None:
+    """Raise TypeError or ValueError unless ``value`` is a whole number >= ``least``; ``hint`` says what to write."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is no whole number; {hint}")
+    if value < least:
+        raise ValueError(f"{name}={value} must be >= {least}; {hint}")
+
+
 def check_text_only(**features: Any) -> None:
     """Features of GRPOTrainer that make sense for conversations alone."""
     for name, value in features.items():

@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 
 from trl import GRPOConfig
 
+from .checks import check_count
 from .objective.selection import COMBINE, load
 from .objective.weighting import FORMS
 
@@ -105,6 +106,27 @@ class GCPOConfig(GRPOConfig):
             "are adapted unless target_modules says otherwise. Text models train as in GRPOTrainer."
         },
     )
+    log_images: int = field(
+        default=0,
+        metadata={
+            "help": "Every how many optimizer steps a grid of generated images, with prompts, rewards and critical "
+            "tokens, goes to output_dir/images and to the trackers in report_to (wandb, tensorboard, trackio); 0 is "
+            "never."
+        },
+    )
+    log_images_count: int = field(
+        default=8,
+        metadata={
+            "help": "Images in such a grid, at most: as many whole groups as fit, or a part of one group that does not."
+        },
+    )
+    log_images_size: int = field(
+        default=256,
+        metadata={
+            "help": "Longest side in pixels to which images are shrunk before ranks exchange them. Images smaller than "
+            "144 pixels are drawn enlarged, so that their labels fit."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,6 +143,11 @@ class GCPOConfig(GRPOConfig):
             )
         if self.rollout_batch_size < 0:
             raise ValueError(f"rollout_batch_size={self.rollout_batch_size} must be >= 0; 0 samples all at once")
+        check_count(
+            "log_images", self.log_images, least=0, hint="write the steps between grids, such as 50, or 0 for none"
+        )
+        check_count("log_images_count", self.log_images_count, least=1, hint="write the images in a grid, such as 8")
+        check_count("log_images_size", self.log_images_size, least=1, hint="write pixels, such as 256")
         if self.weight_form == "linear":
             warnings.warn(
                 "weight_form='linear' is the paper's Eq. 7 literally: it is zero for every token while the policy "

@@ -24,11 +24,14 @@ from .checks import (
     check_image_settings,
     check_processor,
     check_text_only,
+    check_text_settings,
     engine_report,
     first_non_finite,
     load_config,
 )
 from .config import GCPOConfig
+from .held_out import HeldOutCallback
+from .image_log import ImageLog
 from .modules import freeze_all_but, train_report, with_lora_targets
 from .objective.selection import critical_tokens
 from .objective.signals import Signals, group_similarity_from_ids
@@ -64,6 +67,8 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
     _rollout: Rollout | None = None
     _images: list[Any] | None = None
     _token_table: Tensor | None = None
+    _rewards: Tensor | None = None
+    _image_log: ImageLog | None = None
     _to_weight: dict[str, Any] | None = None
     _eval_samples = 0
 
@@ -107,6 +112,8 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
                 peft_config = with_lora_targets(peft_config, lora_targets(config, args.train_modules))
             reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [load_reward(reward) for reward in reward_funcs]
+        else:
+            check_text_settings(args, config)
         with trl_compat.reference_built(args, model, needed=args.needs_weight):
             super().__init__(
                 model=model,
@@ -139,11 +146,19 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         self.policy.attach_head(plain, self.temperature)
         if self.ref_model is not None:
             self.policy.attach_head(self._plain(self.ref_model), self.temperature)
+        self._image_log = ImageLog(self) if self.args.log_images else None
 
     def _plain(self, model: Any) -> Any:
         """The model without engine and without PEFT around it."""
         model = self.accelerator.unwrap_model(model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """GRPOTrainer's training; transformers does not tell a callback its trainer, which one that draws must know."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, HeldOutCallback):
+                callback.attach(self)
+        return super().train(*args, **kwargs)
 
     # rollout
 
@@ -162,7 +177,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             self._token_table = self.policy.token_table(self.args.select_similarity_space).detach().clone()
             self.model.train(training)
         tokens = self._rollout.tokens
-        self._log_mean("gcpo/rollout/tokens_per_s", tokens.numel() / (time.perf_counter() - start))
+        self._log_ratio("gcpo/rollout/tokens_per_s", tokens.numel(), time.perf_counter() - start)
         labels = [f"image {index} of step {self.state.global_step}" for index in indices]
         ids = [encoded.row_ids(row) for row in range(len(prompts))]
         return trl_compat.eight_of_generate(ids, tokens.tolist(), labels)
@@ -204,7 +219,8 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         """Rewards of pictures, not of their labels."""
         if self._images is not None:
             completions = self._images
-        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards
 
     # critical tokens
 
@@ -212,8 +228,14 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         """TRL's batch, its loss mask narrowed to the critical tokens (before TRL shuffles groups apart)."""
         with trl_compat.reference_scored(self, needed=self.args.needs_weight):
             batch = super()._generate_and_score_completions(inputs)
-        if self.args.selects_everything:
-            return batch
+        masks = {} if self.args.selects_everything else self._critical(batch)
+        if self._image_log is not None and self.model.training:
+            prompts = [row["prompt"] for row in inputs]
+            self._image_log.show(self.state.global_step + 1, self._images, prompts, self._rewards, masks)
+        return trl_compat.with_critical_mask(self, batch, masks["critical"]) if masks else batch
+
+    def _critical(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The mask of each strategy and their union, "critical"; ``(batch, seq)`` each."""
         masks = critical_tokens(
             self._signals(batch),
             strategies=self.args.select_strategies,
@@ -224,7 +246,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         )
         for name, mask in masks.items():
             self._log_mean(f"gcpo/select/{'fraction' if name == 'critical' else name}", mask, self._valid(batch))
-        return trl_compat.with_critical_mask(self, batch, masks["critical"])
+        return masks
 
     def _signals(self, batch: dict[str, Any]) -> Signals:
         valid = self._valid(batch)
@@ -309,10 +331,17 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
 
     # metrics
 
-    def _log_mean(self, name: str, values: Tensor | float, mask: Tensor | None = None) -> None:
-        """Mean over all ranks, as a sum and a count; with ``mask``, over its True positions."""
-        values = torch.as_tensor(values, dtype=torch.float32, device=self.accelerator.device).detach()
-        mask = torch.ones_like(values) if mask is None else mask.float()
-        total, count = self.accelerator.reduce(torch.stack([(values * mask).sum(), mask.sum()]), reduction="sum")
+    def _log_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Mean over the True positions of ``mask``, on all ranks."""
+        self._log_ratio(name, (values.detach().float() * mask).sum(), mask.sum())
+
+    def _log_ratio(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """``total`` over ``count``, each summed over all ranks before; NaN, which TRL leaves out, where nothing counts.
+
+        Ranks may count differently, so a mean of their means would be another number.
+        """
+        device = self.accelerator.device
+        sums = torch.stack([torch.as_tensor(one, dtype=torch.float32, device=device) for one in (total, count)])
+        above, below = self.accelerator.reduce(sums, reduction="sum").tolist()
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode][name].append((total / count.clamp(min=1)).item())
+        self._metrics[mode][name].append(above / below if below else float("nan"))

@@ -15,6 +15,8 @@ import torch
 import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer
+from transformers.integrations import TensorBoardCallback
 from trl.models.utils import unwrap_model_for_generation
 
 ANY_BETA = 1.0  # not zero, so that TRL builds and runs the reference; the KL term never sees it
@@ -118,3 +120,21 @@ def with_critical_mask(trainer: Any, batch: dict[str, Any], critical: Tensor) ->
 def eight_of_generate(prompt_ids: list[list[int]], tokens: list[list[int]], labels: list[str]) -> tuple[Any, ...]:
     """What ``_generate`` returns: prompt ids, completion ids, tool mask, completions, log-probs, extra, images (2x)."""
     return prompt_ids, tokens, None, labels, None, {}, None, []
+
+
+def log_apart(trainer: Any, values: dict[str, float]) -> None:
+    """Log ``values`` at this step to every tracker, from within a callback, as an entry of their own.
+
+    ``GRPOTrainer.log`` would close the averages of a step still in progress and write the table of completions again;
+    and logging anything takes back the wish to log that a step may just have made.
+    """
+    should_log = trainer.control.should_log
+    Trainer.log(trainer, dict(values))
+    trainer.control.should_log = should_log
+
+
+def tensorboard_writer(trainer: Any) -> Any | None:
+    """The SummaryWriter that transformers' callback has open; None where there is none, as on all but one process."""
+    callbacks = trainer.callback_handler.callbacks
+    writers = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
+    return writers[0] if writers else None

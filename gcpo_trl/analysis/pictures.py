@@ -9,13 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..drawing import GAP, LABEL_HEIGHT, enlarge, overlay, with_legend
 from ..extras import require
-
-# One colour a strategy, distinguishable also with a colour-vision deficiency (Okabe and Ito's palette).
-COLORS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (213, 94, 0), (0, 114, 178))
-GAP = 6
-LABEL_HEIGHT = 14
-OVERLAY_SHARE = 0.6
 
 
 def grid(
@@ -36,39 +31,13 @@ def grid(
     return sheet
 
 
-def enlarge(picture: Image.Image, tile: int) -> Image.Image:
-    """The picture at ``tile`` pixels, its own pixels kept sharp."""
-    return picture.resize((tile, tile), Image.Resampling.NEAREST)
-
-
-def overlay(
-    picture: Image.Image, masks: Mapping[str, Tensor], shape: tuple[int, int], row: int, tile: int = 180
-) -> Image.Image:
-    """The picture with the critical tokens of one sample tinted, one colour a strategy; ``masks`` (batch, seq)."""
-    canvas = np.asarray(enlarge(picture.convert("L").convert("RGB"), tile), dtype=np.float32).copy()
-    height, width = tile / shape[0], tile / shape[1]
-    for color, mask in zip(COLORS, masks.values(), strict=False):
-        for index in mask[row].nonzero()[:, 0].tolist():
-            y, x = divmod(index, shape[1])
-            window = canvas[round(y * height) : round((y + 1) * height), round(x * width) : round((x + 1) * width)]
-            window += OVERLAY_SHARE * (np.asarray(color, dtype=np.float32) - window)
-    return Image.fromarray(canvas.round().astype(np.uint8))
-
-
 def overlay_sheet(
     pictures: Sequence[Image.Image], masks: Mapping[str, Tensor], shape: tuple[int, int], labels: Sequence[str]
 ) -> Image.Image:
     """Each picture beside its critical tokens, with a legend below."""
     rows = [[picture, overlay(picture, masks, shape, row)] for row, picture in enumerate(pictures)]
     sheet = grid(rows, labels, tile=180)
-    page = Image.new("RGB", (sheet.width, sheet.height + 16 * (len(masks) + 1)), "white")
-    page.paste(sheet, (0, 0))
-    draw = ImageDraw.Draw(page)
-    for index, (name, color) in enumerate(zip(masks, COLORS, strict=False)):
-        top = sheet.height + 16 * index
-        draw.rectangle((GAP, top + 2, GAP + 12, top + 14), fill=color)
-        draw.text((GAP + 18, top + 2), name, fill="black")
-    return page
+    return with_legend(sheet, list(masks))
 
 
 def learning_curve(history: Sequence[Mapping[str, float]], path: Path, keys: Mapping[str, str]) -> None:

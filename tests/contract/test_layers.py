@@ -11,18 +11,19 @@ import gcpo_trl
 
 ROOT = Path(__file__).parents[2]
 ORDER = (
-    "cli > evaluation, analysis, bench > trainer, config, checks, modules, resume, rewards,"
-    " trl_compat > rollout, shapes > policies, models > objective, prompts, plugins, extras"
+    "cli > evaluation, analysis, bench"
+    " > trainer, config, checks, modules, resume, rewards, trl_compat, image_log, held_out"
+    " > rollout, shapes > policies, models > objective, prompts, plugins, extras, drawing"
 )
 LEVELS = [level.split(", ") for level in reversed(ORDER.split(" > "))]
 HEIGHT = {room: height for height, level in enumerate(LEVELS) for room in level}
 # Files of one room: the only equals that may import each other.
-AROUND_THE_TRAINER = {"trainer", "config", "checks", "modules", "resume", "rewards", "trl_compat"}
+AROUND_THE_TRAINER = set(LEVELS[3])
 MAY_IMPORT = {
     "trl": {"trainer", "config", "trl_compat", "cli"},
     "transformers": {
         *("models", "policies", "shapes"),
-        *("checks", "trainer", "config", "resume", "trl_compat", "evaluation", "cli"),
+        *("checks", "trainer", "config", "resume", "trl_compat", "held_out", "evaluation", "cli"),
     },
 }
 OBJECTIVE_LIBRARIES = {"torch", "einops", "jaxtyping"} | sys.stdlib_module_names

@@ -29,6 +29,8 @@ MISTAKES = [
     ({"use_vllm": True}, ValueError, "use_vllm=True, but janus draws images.*set it to False"),
     ({"mask_truncated_completions": True}, ValueError, "mask_truncated_completions=True.*set it to False"),
     ({"select_fraction": 0.01}, ValueError, "select_fraction=0.01 keeps 0 of 81 tokens; raise it to at least 0.0123"),
+    ({"log_images": -1}, ValueError, "log_images=-1 must be >= 0"),
+    ({"log_images": True}, TypeError, "log_images=True is no whole number; write the steps"),
     ({"reward": "shape"}, ValueError, "no 'shape'; did you mean 'shapes'"),
     ({"reward": [digits, "genevl"]}, ValueError, "no 'genevl'; did you mean 'geneval'"),
     ({"reward": None}, TypeError, "pass a name, a path or a function"),

@@ -10,6 +10,7 @@ import trl.trainer.grpo_trainer as grpo
 from tiny import redness, text_prompts
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer
+from transformers.integrations import TensorBoardCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head
@@ -94,7 +95,7 @@ def test_the_constructor_has_the_same_parameters():
 def test_what_we_override_exists():
     ours = {name for name, value in vars(GCPOTrainer).items() if inspect.isfunction(value)}
     overridden = {"_generate", "_calculate_rewards", "_generate_and_score_completions", "_compute_loss", "evaluate"}
-    overridden |= {"_get_per_token_logps_and_entropies", "__init__"}
+    overridden |= {"_get_per_token_logps_and_entropies", "__init__", "train"}
     assert overridden <= ours
     resumed = {name for name, value in vars(ExactResume).items() if inspect.isfunction(value)}
     assert resumed == {"train", "_get_train_sampler", "_save_checkpoint", "_save_rng_state", "_load_rng_state"}
@@ -253,6 +254,7 @@ def test_generation_is_unwrapped_as_trl_does(trainer):
 def test_attributes_that_are_read_exist(trainer):
     names = ["_step", "_metrics", "beta", "ref_model", "temperature", "top_k", "top_p", "num_generations"]
     names += ["num_generations_eval", "model_wrapped", "_dist", "_buffered_inputs", "processing_class"]
+    names += ["reward_weights", "reward_func_names", "callback_handler", "control", "state"]
     gone = [name for name in names if not hasattr(trainer, name)]
     assert not gone, f"GRPOTrainer has no {gone}. {LOOK}"
     assert set(trainer._metrics) == {"train", "eval"}, LOOK
@@ -284,3 +286,34 @@ def test_rewards_of_none_become_advantage_zero(trainer, monkeypatch):
     one = 1 / (2**0.5 + 1e-4)
     assert advantages[1] == 0, f"an unscored completion moves the policy. {LOOK}"
     assert_close(advantages, torch.tensor([0.0, 0.0, -one, one]), rtol=0, atol=1e-6)
+
+
+def test_rewards_come_back_from_all_ranks():
+    # `ImageLog` looks its rewards up by an image's place among those of all ranks.
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    assert "rewards_per_func = gather(rewards_per_func)" in source, f"rewards are gathered elsewhere. {LOOK}"
+
+
+def test_logging_apart_disturbs_neither_metrics_nor_the_wish_to_log(trainer):
+    trainer._metrics["train"]["gcpo/test"].append(1.0)
+    trainer.control.should_log = True
+    Trainer.log(trainer, {"plain": 1.0})
+    assert not trainer.control.should_log, (
+        "transformers' log no longer takes should_log back; log_apart need not either"
+    )
+    trainer.control.should_log = True
+    trl_compat.log_apart(trainer, {"apart": 2.0})
+    assert trainer.control.should_log
+    assert trainer.state.log_history[-1]["apart"] == 2.0 and "gcpo/test" not in trainer.state.log_history[-1]
+    assert trainer._metrics["train"].pop("gcpo/test") == [1.0]
+    trainer.control.should_log = False
+
+
+def test_the_writer_of_tensorboard_is_found(trainer):
+    assert "self.tb_writer = tb_writer" in inspect.getsource(TensorBoardCallback.__init__), "look at tensorboard_writer"
+    assert trl_compat.tensorboard_writer(trainer) is None
+    callback = TensorBoardCallback.__new__(TensorBoardCallback)  # its __init__ wants tensorboard installed
+    callback.tb_writer = "writer"
+    trainer.add_callback(callback)
+    assert trl_compat.tensorboard_writer(trainer) == "writer"
+    trainer.remove_callback(callback)

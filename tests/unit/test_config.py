@@ -39,7 +39,7 @@ def test_every_setting_has_its_help_and_a_room():
     ours = [f for f in dataclasses.fields(GCPOConfig) if f.name not in GRPOConfig.__dataclass_fields__]
     assert len(ours) >= 12
     for setting in ours:
-        assert setting.name.split("_")[0] in {"select", "weight", "rollout", "train"}
+        assert setting.name.split("_")[0] in {"select", "weight", "rollout", "train", "log"}
         assert len(setting.metadata["help"]) > 40, f"{setting.name} does not explain itself"
 
 
@@ -66,6 +66,9 @@ MISTAKES = [
     ({"weight_clip": float("nan")}, ["weight_clip=nan"]),
     ({"rollout_guidance_scale": -1.0}, ["rollout_guidance_scale=-1.0", "1 switches"]),
     ({"rollout_guidance_scale": float("inf")}, ["rollout_guidance_scale=inf"]),
+    ({"log_images": -1}, ["log_images=-1", ">= 0", "0 for none"]),
+    ({"log_images_count": 0}, ["log_images_count=0", ">= 1", "such as 8"]),
+    ({"log_images_size": 0}, ["log_images_size=0", ">= 1", "pixels"]),
     ({"rollout_batch_size": -2}, ["rollout_batch_size=-2", "0 samples all"]),
     # G must divide the batch: TRL says so.
     ({"num_generations": 3, "per_device_train_batch_size": 8}, ["8", "3", "divisible"]),
