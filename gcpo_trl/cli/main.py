@@ -17,8 +17,10 @@ COMMANDS = {
     "evaluate": "score a model on held-out prompts of the shapes world",
     "demo": "train on the shapes world and show what was learnt",
     "learn": "compare GRPO, GCPO and its ablations on the shapes world",
+    "doctor": "check this installation, or count a recipe's memory: gcpo doctor [--memory RECIPE.yaml]",
     "shapes-model": "train the tiny Janus of the shapes world from scratch",
 }
+TAKES_KEYS = ("train", "doctor")  # commands that take a recipe's --key value, and so read their words themselves
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,12 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         return _usage(argv)
     command, arguments = argv[0], argv[1:]
     with mistakes_reported(command):
-        if command == "train":
-            from .train import prepare
-
-            run = prepare(arguments)
+        module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
+        if command in TAKES_KEYS:
+            run = module.prepare(arguments)
         else:
-            module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
             parser = argparse.ArgumentParser(prog=f"gcpo {command}", description=COMMANDS[command])
             module.add_arguments(parser)
             run = module.prepare(parser.parse_args(arguments))

@@ -1,0 +1,381 @@
+"""``gcpo doctor``: does this installation work; ``gcpo doctor --memory RECIPE``: how much memory will a run take.
+
+One line a check: ``ok``, ``warn`` or ``FAIL``, what was seen, and what to do about it. Nothing is downloaded.
+Packages are imported inside the checks, so that a broken one is a line of the report and not the end of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import itertools
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..plugins import available
+from .console import say
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["ok", "warn", "FAIL"]
+TESTED_PYTHON, LOWEST_PYTHON = (3, 11), (3, 11)
+# Tested version (constraints.txt), versions allowed (setup.cfg), and the extra that brings an optional package.
+PACKAGES: dict[str, tuple[str, str, str]] = {
+    "torch": ("2.13.0", ">=2.6", ""),
+    "trl": ("1.16.0", ">=1.16,<1.17", ""),
+    "transformers": ("5.23.0", ">=5.23,<6", ""),
+    "accelerate": ("1.15.0", "", ""),
+    "peft": ("0.21.2", "", ""),
+    "datasets": ("5.2.0", "", ""),
+    "deepspeed": ("0.19.8", "", "deepspeed"),
+    "wandb": ("0.31.0", "", "wandb"),
+}
+GIB = 2**30
+MEMORY_WANTED = 2 * GIB  # the shapes recipe with its libraries stays below
+DISK_WANTED, DISK_NEEDED = 5 * GIB, GIB // 4  # a checkpoint of the shapes model with its optimizer takes about 20 MB
+REWARDS = "reward_funcs"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check saw. ``text``: what was seen, and after a semicolon what to do about it."""
+
+    status: Status
+    subject: str
+    text: str
+
+    def line(self) -> str:
+        """The line of the report."""
+        return f"{self.status:<6}{self.subject}: {self.text}"
+
+
+Check = Callable[[], Finding]
+
+
+def prepare(arguments: list[str]) -> Callable[[], int]:
+    """Parse; the returned function checks, or prints the table. ValueError for words that neither understands."""
+    parser = argparse.ArgumentParser(prog="gcpo doctor", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="folder whose disk is looked at")
+    parser.add_argument("--memory", nargs="+", metavar="RECIPE", help="print a memory table instead, a column a recipe")
+    parser.add_argument("--gpus", type=int, default=1, help="devices the run is spread over")
+    parser.add_argument("--zero", type=int, default=0, choices=(0, 2, 3), help="DeepSpeed ZeRO stage; 0 is none")
+    parser.add_argument("--prompt-tokens", type=int, default=None, help="length of the longest prompt of a batch")
+    options, overrides = parser.parse_known_args(arguments)
+    if options.memory:
+        from .memory_table import PROMPT_TOKENS, memory_table
+
+        prompt = PROMPT_TOKENS if options.prompt_tokens is None else options.prompt_tokens
+        text = memory_table(options.memory, overrides, options.gpus, options.zero, prompt)
+        return functools.partial(show, text)
+    if overrides:
+        raise ValueError(f"unknown words {' '.join(overrides)}; --key value belongs behind --memory RECIPE")
+    return lambda: report(checks(options.output_dir))
+
+
+def show(text: str) -> int:
+    """Print the memory table; exit code 0."""
+    say(text)
+    return 0
+
+
+def report(listed: list[tuple[str, Check]]) -> int:
+    """Run the checks, a line each; 1 if one of them FAILs, else 0."""
+    findings = []
+    for subject, check in listed:
+        findings.append(examine(subject, check))
+        say(findings[-1].line())
+    return int(any(finding.status == "FAIL" for finding in findings))
+
+
+def examine(subject: str, check: Check) -> Finding:
+    """The finding of one check; an exception inside it is a FAIL and does not stop the others."""
+    try:
+        return check()
+    except Exception as error:
+        logger.warning("the check of %s stopped", subject, exc_info=logger.isEnabledFor(logging.DEBUG))
+        message = " ".join(str(error).split())
+        return Finding("FAIL", subject, f"{type(error).__name__}: {message}; the check itself stopped here")
+
+
+def checks(folder: Path) -> list[tuple[str, Check]]:
+    """Every check with its subject, in the order of the report."""
+    rewards = [name for name in available(REWARDS) if name not in GOLDEN]
+    return [
+        ("python", check_python),
+        *((name, functools.partial(check_package, name)) for name in PACKAGES),
+        ("accelerator", check_accelerator),
+        ("memory", check_memory),
+        ("disk", functools.partial(check_disk, folder)),
+        ("shapes model", check_shapes_model),
+        *((f"reward {name}", functools.partial(check_golden, name)) for name in GOLDEN),
+        *((f"reward {name}", functools.partial(check_weights, name)) for name in rewards),
+        ("DeepSpeed", functools.partial(check_deepspeed_on_cpu, os.environ)),
+        ("processes", functools.partial(check_processes, os.environ)),
+        ("rendezvous", functools.partial(check_rendezvous, os.environ)),
+    ]
+
+
+# versions
+
+
+def check_python() -> Finding:
+    """The interpreter: below the lowest allowed is a FAIL, another than the tested one a warning."""
+    seen = ".".join(map(str, sys.version_info[:3]))
+    tested = ".".join(map(str, TESTED_PYTHON))
+    if sys.version_info[:2] < LOWEST_PYTHON:
+        return Finding("FAIL", "python", f"{seen}; install Python {tested} or newer")
+    if sys.version_info[:2] != TESTED_PYTHON:
+        return Finding("warn", "python", f"{seen}, not tested; the tests run on {tested}")
+    return Finding("ok", "python", f"{seen}, tested")
+
+
+def check_package(name: str) -> Finding:
+    """An installed version against `PACKAGES`: outside the allowed range is a FAIL, untested a warning."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    tested, allowed, extra = PACKAGES[name]
+    try:
+        seen = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        if extra:
+            return Finding("warn", name, f"not installed, optional; to use it: pip install 'gcpo_trl[{extra}]'")
+        return Finding("FAIL", name, f"not installed; run: pip install '{name}=={tested}'")
+    if not SpecifierSet(allowed).contains(Version(seen), prereleases=True):
+        return Finding("FAIL", name, f"{seen} is outside {allowed}; run: pip install '{name}=={tested}'")
+    if Version(seen).public != tested:  # without the +cpu or +cu130 of a build
+        return Finding("warn", name, f"{seen}, not tested; if something breaks: pip install '{name}=={tested}'")
+    return Finding("ok", name, f"{seen}, tested")
+
+
+# the machine
+
+
+def check_accelerator() -> Finding:
+    """The device that training would take."""
+    import torch
+
+    if torch.cuda.is_available():
+        name = f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Finding("ok", "accelerator", f"{name}, bf16")
+        return Finding(
+            "warn", "accelerator", f'{name} without bf16; set bf16: False and dtype: "float32" in the recipe'
+        )
+    if shutil.which("nvidia-smi"):
+        seen = f"nvidia-smi is there, but torch {torch.__version__} sees no GPU"
+        return Finding("warn", "accelerator", f"{seen}; install a CUDA build of torch, or look at CUDA_VISIBLE_DEVICES")
+    return Finding("ok", "accelerator", "no GPU: CPU; the shapes recipe is made for it")
+
+
+def check_memory() -> Finding:
+    """Free memory of the machine, and of the GPU if there is one."""
+    import psutil  # comes with accelerate
+    import torch
+
+    free = psutil.virtual_memory().available
+    seen = f"{free / GIB:.1f} GiB free"
+    if torch.cuda.is_available():
+        seen += f", {torch.cuda.mem_get_info()[0] / GIB:.1f} GiB on the GPU"
+    if free < MEMORY_WANTED:
+        return Finding("warn", "memory", f"{seen}; free some, the shapes recipe wants {MEMORY_WANTED / GIB:.0f} GiB")
+    return Finding("ok", "memory", f"{seen}; for a recipe: gcpo doctor --memory RECIPE")
+
+
+def check_disk(folder: Path) -> Finding:
+    """Room under the output folder, or under the nearest parent that exists."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return Finding("FAIL", "disk", f"{existing} is no folder that can be written to; give another --output-dir")
+    free = shutil.disk_usage(existing).free
+    seen = f"{free / GIB:.1f} GiB free under {existing}"
+    if free < DISK_NEEDED:
+        return Finding("FAIL", "disk", f"{seen}; free some, or give another --output-dir")
+    if free < DISK_WANTED:
+        return Finding("warn", "disk", f"{seen}; a checkpoint of Janus-Pro-1B with its optimizer takes about 10 GB")
+    return Finding("ok", "disk", seen)
+
+
+# what comes with the package
+
+
+def check_shapes_model() -> Finding:
+    """The checkpoint in the package opens and every parameter is finite."""
+    import torch
+
+    from ..checks import first_non_finite
+    from ..policies import load
+    from ..shapes.build import CHECKPOINT
+
+    policy = load(str(CHECKPOINT), "janus", dtype=torch.float32)
+    count = sum(parameter.numel() for parameter in policy.model.parameters())
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in policy.model.parameters()):
+        return Finding("FAIL", "shapes model", f"{first_non_finite(policy.model)}; install the package again")
+    return Finding("ok", "shapes model", f"opens, {count / 1e6:.1f} M parameters, {policy.num_tokens} image tokens")
+
+
+def golden_shapes() -> tuple[float, float]:
+    """Reward of a rendered scene with its own caption and with another one."""
+    from reward_funcs.shapes import reward
+
+    from ..shapes.grammar import Item, Spec
+    from ..shapes.renderer import draw
+
+    own = Spec("color_attr", (Item("circle", "red"), Item("square", "blue")))
+    other = Spec("color_attr", (Item("circle", "blue"), Item("square", "red")))
+    picture = draw(own, random.Random(0))
+    asked = [json.dumps(spec.metadata) for spec in (own, other)]
+    first, second = reward([own.prompt, other.prompt], [picture, picture], asked)
+    if first is None or second is None:
+        raise ValueError("the reward gave no score for a rendered picture")
+    return first, second
+
+
+# Rewards that need no weights: their own caption must score 1, another one less.
+GOLDEN: dict[str, Callable[[], tuple[float, float]]] = {"shapes": golden_shapes}
+
+
+def check_golden(name: str) -> Finding:
+    """A reward on a picture whose score is known."""
+    own, other = GOLDEN[name]()
+    seen = f"a rendered scene scores {own:g} with its own caption, {other:g} with another"
+    if own == 1.0 and other < 1.0:
+        return Finding("ok", f"reward {name}", seen)
+    return Finding("FAIL", f"reward {name}", f"{seen}, expected 1 and less; install the package again")
+
+
+def wanted_weights(name: str) -> dict[str, tuple[str, tuple[str, ...]]] | None:
+    """Environment variable -> the id or path it names and the files of which one must be there; None if unknown."""
+    if name == "geneval":
+        from reward_funcs.geneval import Models
+
+        models = Models()
+        return {"GENEVAL_DETECTOR": (models.detector, WEIGHTS), "GENEVAL_CLIP": (models.clip, WEIGHTS)}
+    if name == "hpsv2":
+        from reward_funcs.hpsv2 import FILES, Scorer
+
+        scorer = Scorer()
+        tokenizer = ("tokenizer.json", "vocab.json")
+        return {
+            "HPSV2_CHECKPOINT": (scorer.checkpoint, (FILES[scorer.version],)),
+            "HPSV2_TOKENIZER": (scorer.tokenizer, tokenizer),
+        }
+    return None
+
+
+def check_weights(name: str) -> Finding:
+    """A reward that needs weights: are they on this disk? It is not run, and nothing is downloaded."""
+    wanted = wanted_weights(name)
+    if wanted is None:
+        return Finding("warn", f"reward {name}", "no self-test is known for it; score a picture of your own")
+    missing = [
+        f"{where} ({files[0]}; {variable})" for variable, (where, files) in wanted.items() if not on_disk(where, files)
+    ]
+    if missing:
+        return Finding(
+            "warn", f"reward {name}", f"not on this disk: {', '.join(missing)}; hf download, or set the variable"
+        )
+    return Finding(
+        "ok", f"reward {name}", f"weights on disk, not run: {', '.join(where for where, _ in wanted.values())}"
+    )
+
+
+def on_disk(where: str, files: tuple[str, ...]) -> bool:
+    """Whether a file, a folder with one of the files, or the hub's cache of the id has it."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    path = Path(where).expanduser()
+    if path.exists():
+        return path.is_file() or any((path / file).is_file() for file in files)
+    try:
+        return any(isinstance(try_to_load_from_cache(where, file), str) for file in files)
+    except HFValidationError:  # a path that does not exist is no id either
+        return False
+
+
+# launching
+
+
+def accelerate_defaults() -> dict[str, Any]:
+    """What ``accelerate config`` saved on this machine; empty if it was never run."""
+    import yaml
+    from accelerate.commands.config.config_args import default_config_file
+
+    file = Path(default_config_file)
+    return yaml.safe_load(file.read_text()) or {} if file.is_file() else {}  # JSON is YAML
+
+
+def launcher_words() -> list[str]:
+    """The command line of the ``accelerate launch`` that started this process; empty if none did."""
+    import psutil
+
+    for parent in psutil.Process().parents():
+        try:
+            words = parent.cmdline()
+        except psutil.Error as error:
+            logger.debug("the command line of process %s cannot be read: %s", parent.pid, error)
+            continue
+        if "launch" in words and any("accelerate" in Path(word).name for word in words[: words.index("launch")]):
+            return words
+    return []
+
+
+def _on(value: Any) -> bool:
+    return str(value).lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def check_deepspeed_on_cpu(env: Mapping[str, str]) -> Finding:
+    """accelerate prefers ACCELERATE_USE_CPU to DeepSpeed, and says nothing (accelerate/state.py, PartialState)."""
+    defaults, words = accelerate_defaults(), launcher_words()
+    asked = (
+        _on(env.get("ACCELERATE_USE_DEEPSPEED"))
+        or "--use_deepspeed" in words
+        or defaults.get("distributed_type") == "DEEPSPEED"
+    )
+    cpu = _on(env.get("ACCELERATE_USE_CPU")) or "--cpu" in words or bool(defaults.get("use_cpu"))
+    if asked and cpu:
+        seen = "asked for together with the CPU, so accelerate leaves it out and runs DDP or one process"
+        return Finding("warn", "DeepSpeed", f"{seen}; unset ACCELERATE_USE_CPU, --cpu or use_cpu")
+    return Finding("ok", "DeepSpeed", "asked for, not on the CPU" if asked else "not asked for")
+
+
+def check_processes(env: Mapping[str, str]) -> Finding:
+    """``accelerate launch --cpu --num_processes 2`` starts one process: `simple_launcher` of accelerate's launch.py."""
+    defaults, words = accelerate_defaults(), launcher_words()
+    cpu = "--cpu" in words or bool(defaults.get("use_cpu"))
+    count = int(_value(words, "num_processes") or defaults.get("num_processes") or 1)
+    started = int(env.get("WORLD_SIZE", 1))
+    if cpu and count > 1 and started == 1 and not _value(words, "mpirun_hostfile"):
+        seen = f"accelerate launch on the CPU with {count} processes starts one"
+        return Finding("warn", "processes", f"{seen}; use torchrun --nproc_per_node {count} -m gcpo_trl RECIPE.yaml")
+    return Finding("ok", "processes", f"{started}")
+
+
+def _value(words: list[str], key: str) -> str | None:
+    """The value behind ``--key`` or in ``--key=value``, with hyphens or underscores; None if it is not there."""
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name.replace("-", "_") == key:
+            return value if equals else following
+    return None
+
+
+def check_rendezvous(env: Mapping[str, str]) -> Finding:
+    """A WORLD_SIZE that a scheduler left behind: without the rest accelerate ignores it on a GPU and stops on a CPU."""
+    needed = ("MASTER_ADDR", "LOCAL_RANK")
+    missing = [name for name in needed if name not in env]
+    if "WORLD_SIZE" in env and missing:
+        seen = f"WORLD_SIZE={env['WORLD_SIZE']} but no {', '.join(missing)}"
+        return Finding("warn", "rendezvous", f"{seen}; start with accelerate launch or torchrun, or unset WORLD_SIZE")
+    return Finding("ok", "rendezvous", "no leftover of a launcher" if "WORLD_SIZE" not in env else "complete")
