@@ -153,12 +153,12 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         model = self.accelerator.unwrap_model(model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
         """GRPOTrainer's training; transformers does not tell a callback its trainer, which one that draws must know."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, HeldOutCallback):
                 callback.attach(self)
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     # rollout
 

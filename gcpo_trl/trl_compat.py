@@ -67,7 +67,11 @@ def reference_scored(trainer: Any, needed: bool) -> Iterator[None]:
 
 
 def generation_context(trainer: Any) -> contextlib.ExitStack:
-    """Unwrapped weights (gathered under ZeRO-3), no gradients, no gradient checkpointing: TRL's own way to generate."""
+    """Whole weights under ZeRO-3 and FSDP, no gradients, no gradient checkpointing: TRL's own way to generate.
+
+    Under the precision of training, which else only the model's own forward has: images must come from the policy that
+    is trained.
+    """
     stack = contextlib.ExitStack()
     stack.enter_context(
         unwrap_model_for_generation(
@@ -78,6 +82,7 @@ def generation_context(trainer: Any) -> contextlib.ExitStack:
         )
     )
     stack.enter_context(torch.no_grad())
+    stack.enter_context(trainer.accelerator.autocast())
     stack.enter_context(trainer._dist.summon_full_params(trainer.model_wrapped, recurse=True))
     stack.enter_context(unsharded(trainer.model_wrapped))
     return stack

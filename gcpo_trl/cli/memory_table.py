@@ -12,15 +12,14 @@ from trl import ModelConfig, get_peft_config
 
 from ..analysis.memory import Row, Run, estimate, reached, table
 from ..config import GCPOConfig
-from ..modules import freeze_all_but
+from ..modules import freeze_all_but, with_lora_targets
+from ..policies import lora_targets
 from ..policies.janus import JanusPolicy
 from ..rewards import load_reward
+from ..shapes.build import SHIPPED
 from .recipe import RunArguments, parse
-from .train import SHIPPED
 
 PROMPT_TOKENS = 32  # a GenEval prompt in Janus-Pro's template is about 30 tokens
-# Linear layers of the language model alone; bare names such as q_proj would also adapt the vision tower, in vain.
-LANGUAGE_MODEL_LINEARS = r".*language_model.*_proj"
 # `language_config` of config.json of deepseek-ai/Janus-Pro-1B and -7B. The rest of the two models is what transformers'
 # convert_janus_weights_to_hf.py builds from the same files: the defaults of its vision and VQ configurations, projected
 # to the hidden size. Neither file ties the text head to the embeddings.
@@ -79,9 +78,7 @@ def meta_model(config: Any, args: GCPOConfig, model_args: ModelConfig, zero: int
             return model
         from peft import get_peft_model
 
-        peft_config: Any = get_peft_config(model_args)
-        if peft_config.target_modules is None:
-            peft_config.target_modules = LANGUAGE_MODEL_LINEARS
+        peft_config = with_lora_targets(get_peft_config(model_args), lora_targets(config, args.train_modules))
         # As GRPOTrainer calls it: adapters in fp32, except under ZeRO-3.
         return get_peft_model(model, peft_config, autocast_adapter_dtype=zero != 3)
 
@@ -144,8 +141,6 @@ def _notes(model: nn.Module, run: Run, model_args: ModelConfig) -> list[str]:
             "AdamW steps on bf16 weights without an fp32 copy: a step below about 1/512 of a weight is rounded away; "
             "ZeRO or dtype float32 keeps it."
         )
-    if model_args.use_peft and model_args.lora_target_modules is None:
-        notes.append(f"Training needs --lora_target_modules '{LANGUAGE_MODEL_LINEARS}', which is counted here.")
     if len(trained) > len(reached(model)):
         notes.append("Some adapters lie where no gradient comes, such as the vision tower; name modules by a pattern.")
     return notes

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from reward_funcs.shapes import Judgement, judge_image
 
 from ..rollout import Sampling, sample
@@ -52,13 +54,21 @@ def evaluate(
     specs: Sequence[Spec] | None = None,
     images_a_prompt: int = IMAGES_A_PROMPT,
     seed: int = 1234,
+    rank: int = 0,
+    world: int = 1,
 ) -> Report:
-    """Draw ``images_a_prompt`` pictures of every spec (default: the held-out set) and judge them."""
+    """Draw ``images_a_prompt`` pictures of every spec (default: the held-out set) and judge them.
+
+    Of ``world`` processes, all of which must call this, each draws its share; the images do not depend on the split.
+    """
     specs = held_out_specs() if specs is None else list(specs)
     specs = [spec for spec in specs for _ in range(images_a_prompt)]
-    tokens = sample(policy, [spec.prompt for spec in specs], seed, list(range(len(specs))), sampling).tokens
-    judgements = [judge_image(image, spec.metadata) for image, spec in zip(policy.decode(tokens), specs, strict=True)]
-    return summarize(specs, judgements, asdict(sampling) | {"seed": seed})
+    mine = list(range(rank, len(specs), world))
+    tokens = sample(policy, [specs[i].prompt for i in mine], seed, mine, sampling).tokens
+    pictures = zip(mine, policy.decode(tokens), strict=True)
+    judged = [(index, judge_image(picture, specs[index].metadata)) for index, picture in pictures]
+    judgements = dict(gather_object(judged) if world > 1 else judged)
+    return summarize(specs, [judgements[i] for i in range(len(specs))], asdict(sampling) | {"seed": seed})
 
 
 def summarize(specs: Sequence[Spec], judgements: Sequence[Judgement], sampling: dict[str, Any]) -> Report:
