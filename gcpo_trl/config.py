@@ -7,6 +7,7 @@ import math
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from .checks import check_count
@@ -129,6 +130,8 @@ class GCPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.bf16 is None and not self.use_cpu and not is_torch_bf16_gpu_available():
+            self.bf16 = False  # TRL's default is True, which stops a notebook without a GPU
         super().__post_init__()
         self._check_selection()
         self._check_choice("select_entropy_from", ENTROPY_SOURCES)

@@ -35,6 +35,13 @@ def test_the_defaults_are_the_released_settings():
     assert args.needs_weight and not args.selects_everything
 
 
+def test_a_machine_without_bf16_trains_in_fp32(monkeypatch):
+    # TRL asks for bf16 unless told otherwise, and transformers refuses it here.
+    monkeypatch.setattr("gcpo_trl.config.is_torch_bf16_gpu_available", lambda: False)
+    assert GCPOConfig(output_dir="unused", report_to=[]).bf16 is False
+    assert GCPOConfig(output_dir="unused", report_to=[], use_cpu=True).bf16 is True  # TRL's, on a CPU on purpose
+
+
 def test_every_setting_has_its_help_and_a_room():
     ours = [f for f in dataclasses.fields(GCPOConfig) if f.name not in GRPOConfig.__dataclass_fields__]
     assert len(ours) >= 12

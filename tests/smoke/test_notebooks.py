@@ -1,0 +1,60 @@
+"""The notebooks run from top to bottom, and the first one is the README's example."""
+
+import json
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+pytestmark = pytest.mark.smoke
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "recipes" / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+# What the last cell of each that says something shows.
+SHOWN = {
+    "1_drop_in": "'gcpo/select/fraction': '0.2963'",
+    "2_lora": "'JanusForConditionalGeneration'",
+    "3_your_reward": "[0.0",
+    "4_critical_tokens": "'critical': 0.296",
+}
+
+
+def code_of(path):
+    return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def shown_by(cell):
+    """All that a cell left behind: what it printed and its value as text."""
+    return "".join(out.get("text", "") or out.get("data", {}).get("text/plain", "") for out in cell.outputs)
+
+
+def test_the_notebooks_are_found():
+    assert {path.stem for path in NOTEBOOKS} == set(SHOWN)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.fspath(ROOT))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    book = nbformat.read(path, as_version=4)
+    NotebookClient(book, timeout=170, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    text = "".join(shown_by(cell) for cell in book.cells if cell.cell_type == "code")
+    assert SHOWN[path.stem] in text.replace("\n", "")
+    pictures = [out for cell in book.cells if cell.cell_type == "code" for out in cell.outputs if "data" in out]
+    if path.stem in ("1_drop_in", "4_critical_tokens"):
+        assert any("image/png" in out["data"] for out in pictures)
+
+
+def test_a_stored_notebook_holds_no_outputs():
+    for path in NOTEBOOKS:
+        cells = json.loads(path.read_text())["cells"]
+        assert not any(cell.get("outputs") for cell in cells), f"{path.name}: clear its outputs"
+
+
+def test_the_first_notebook_is_the_readmes_example():
+    example = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert code_of(FOLDER / "1_drop_in.ipynb")[0].strip() == example.strip()
