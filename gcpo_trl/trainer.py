@@ -166,16 +166,14 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         """Draw one image a prompt; TRL sees token ids and a label, the pictures wait for the rewards."""
         if self.policy is None or not self.policy.generates_images:
             return super()._generate(prompts)
-        training, start = self.model.training, time.perf_counter()
+        start = time.perf_counter()
         seed, indices = self._sample_indices(len(prompts))
         with trl_compat.generation_context(self):
-            self.model.eval()
             encoded = self.policy.encode(prompts)
             self._rollout = self._sample(prompts, seed, indices)
             self._images = self.policy.decode(self._rollout.tokens)
             # Read here, where ZeRO-3 has gathered the weights.
             self._token_table = self.policy.token_table(self.args.select_similarity_space).detach().clone()
-            self.model.train(training)
         tokens = self._rollout.tokens
         self._log_ratio("gcpo/rollout/tokens_per_s", tokens.numel(), time.perf_counter() - start)
         labels = [f"image {index} of step {self.state.global_step}" for index in indices]

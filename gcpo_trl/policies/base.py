@@ -58,6 +58,7 @@ class Policy(Protocol):
 class ImagePolicy(Policy, Protocol):
     """A generator of images of a fixed number of tokens."""
 
+    model: Any
     num_tokens: int
 
     def encode(self, prompts: Sequence[Any]) -> PromptBatch: ...

@@ -49,15 +49,21 @@ def sample(
 ) -> Rollout:
     """One image a prompt; repeated prompts are prefilled once. ``indices`` are the global indices of the samples.
 
+    The model is in evaluation mode meanwhile: dropout would change images, and gradient checkpointing keeps no cache.
     Raises FloatingPointError if the model's logits are not finite.
     """
     if len(prompts) != len(indices):
         raise ValueError(f"{len(prompts)} prompts but {len(indices)} sample indices; give one index a prompt")
     size = sampling.batch_size or len(prompts)
-    parts = [
-        _sample_batch(policy, prompts[i : i + size], seed, list(indices[i : i + size]), sampling)
-        for i in range(0, len(prompts), size)
-    ]
+    training = policy.model.training
+    policy.model.eval()
+    try:
+        parts = [
+            _sample_batch(policy, prompts[i : i + size], seed, list(indices[i : i + size]), sampling)
+            for i in range(0, len(prompts), size)
+        ]
+    finally:
+        policy.model.train(training)
     return Rollout(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Rollout)})
 
 

@@ -16,7 +16,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 # What the last cell of each that says something shows.
 SHOWN = {
-    "1_drop_in": "'gcpo/select/fraction': '0.2963'",
+    "1_drop_in": "'gcpo/select/fraction': 0.296",
     "2_lora": "'JanusForConditionalGeneration'",
     "3_your_reward": "[0.0",
     "4_critical_tokens": "'critical': 0.296",

@@ -139,6 +139,17 @@ def test_a_sample_is_known_by_its_index_and_not_by_its_place(shared_policy):
     assert torch.equal(first[2:], later)
 
 
+def test_a_model_in_training_draws_what_it_draws_in_evaluation(policy):
+    expected = draw(policy, PROMPTS, guidance_scale=3.0).tokens
+    policy.model.gradient_checkpointing_enable()
+    policy.model.train()
+    policy.model.model.language_model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: torch.dropout(output, 0.5, module.training)
+    )
+    assert torch.equal(draw(policy, PROMPTS, guidance_scale=3.0).tokens, expected)
+    assert policy.model.training
+
+
 def test_a_repeated_prompt_is_prefilled_once(policy):
     rows = []
     policy.model.model.language_model.layers[0].mlp.register_forward_hook(
