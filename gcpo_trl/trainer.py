@@ -144,6 +144,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         if self.accelerator.is_main_process:
             logger.info("%s; %s", engine_report(self.accelerator), train_report(self.model))
         self.policy.attach_head(plain, self.temperature)
+        self.policy.set_generation(self.args.rollout_guidance_scale)
         if self.ref_model is not None:
             self.policy.attach_head(self._plain(self.ref_model), self.temperature)
         self._image_log = ImageLog(self) if self.args.log_images else None

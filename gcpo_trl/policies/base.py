@@ -73,6 +73,10 @@ class ImagePolicy(Policy, Protocol):
 
     def decode(self, tokens: Tensor) -> list[Any]: ...
 
+    def set_generation(self, guidance_scale: float) -> None:
+        """Write into the model's own generation settings how it was sampled, for whoever loads a checkpoint."""
+        ...
+
     def attach_head(self, model: Any, temperature: float) -> None:
         """Make ``model(..., labels=..., fused_lm_head=True)`` score image tokens with the image head."""
         ...

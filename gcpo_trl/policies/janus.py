@@ -71,6 +71,10 @@ class JanusPolicy:
         self.grid = image_grid(model.config)
         self.num_tokens = self.grid[0] * self.grid[1]
 
+    def set_generation(self, guidance_scale: float) -> None:
+        """Let ``generate(generation_mode="image")`` of plain transformers draw from a saved checkpoint as we do."""
+        set_image_generation(self.model, self.image_start_id, guidance_scale)
+
     # encode
 
     def encode(self, prompts: Sequence[Any]) -> PromptBatch:
@@ -192,6 +196,12 @@ def teacher_forced(
     ).last_hidden_state[:, -num_tokens:]
     log_probs, entropies = score_tokens(model.model.generation_head, hidden, tokens, temperature)
     return ImageScores(log_probs=log_probs, entropy=entropies)
+
+
+def set_image_generation(model: JanusForConditionalGeneration, image_start_id: int, guidance_scale: float) -> None:
+    """What transformers' image generation reads of ``generation_config`` and has no default for."""
+    model.generation_config.guidance_scale = guidance_scale
+    model.generation_config.generation_kwargs = {"boi_token_id": image_start_id}
 
 
 def lora_targets(modules: Sequence[str] | None = None) -> str:

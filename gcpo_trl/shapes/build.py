@@ -23,11 +23,13 @@ from transformers import (
 )
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
+from ..policies.janus import set_image_generation
 from .grammar import COLORS, NUMBERS, SHAPES
 from .renderer import IMAGE_SIZE
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 SHIPPED = {"shapes-janus": str(CHECKPOINT)}  # names that stand for a model in this package
+GUIDANCE = 1.5  # the scale at which the shipped model draws best
 GRID = 9
 IMAGE_CODES = 512
 
@@ -131,6 +133,7 @@ def build_model(
         pad_token_id=tokenizer.pad_token_id,
         max_length=text.max_position_embeddings,
     )
+    set_image_generation(model, tokenizer.convert_tokens_to_ids(IMAGE_START), GUIDANCE)
     return model
 
 

@@ -19,10 +19,10 @@ from tiny import (
     text_prompts,
 )
 from torch.testing import assert_close
-from transformers import TrainerCallback
+from transformers import AutoProcessor, JanusForConditionalGeneration, TrainerCallback
 
 from gcpo_trl import GCPOTrainer
-from gcpo_trl.rollout import sample
+from gcpo_trl.rollout import Sampling, sample
 from gcpo_trl.shapes.build import build_processor
 
 
@@ -165,6 +165,32 @@ def test_gradient_checkpointing_changes_nothing(tiny_janus, tmp_path):
         trainer.train()
         results.append(trainer.model.state_dict())
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_mixed_precision_scores_what_it_draws(tiny_janus, tmp_path):
+    # Weights are fp32; were only the scoring in bf16, the images would come from another policy.
+    trainer = janus_trainer(tiny_janus, tmp_path, bf16=True, rollout_guidance_scale=1.0)
+    kept = record(trainer)
+    trainer.train()
+    assert next(trainer.model.parameters()).dtype == torch.float32
+    distance = (kept.batches[0]["ref_per_token_logps"] - trainer._rollout.logps).abs()
+    assert 0 < distance.mean() < 0.02
+    exact = janus_trainer(tiny_janus, tmp_path, bf16=False, rollout_guidance_scale=1.0)
+    exact.train()
+    assert not torch.equal(exact._rollout.logps, trainer._rollout.logps)
+
+
+def test_a_checkpoint_draws_in_plain_transformers(tiny_janus, tmp_path):
+    trainer = janus_trainer(tiny_janus, tmp_path, rollout_guidance_scale=3.0)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    model = JanusForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    processor = AutoProcessor.from_pretrained(tmp_path / "saved")
+    text = trainer.policy._template(PROMPTS[0])
+    inputs = processor(text=[text], generation_mode="image", return_tensors="pt")
+    drawn = model.generate(**inputs, generation_mode="image", do_sample=False)
+    greedy = sample(trainer.policy, PROMPTS[:1], 0, [0], Sampling(guidance_scale=3.0, temperature=0))
+    assert torch.equal(drawn, greedy.tokens)
 
 
 def test_the_rollout_batch_changes_nothing(tiny_janus, tmp_path):
