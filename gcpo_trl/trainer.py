@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .checks import (
 from .config import GCPOConfig
 from .held_out import HeldOutCallback
 from .image_log import ImageLog
+from .model_card import write_card
 from .modules import freeze_all_but, train_report, with_lora_targets
 from .objective.selection import critical_tokens
 from .objective.signals import Signals, group_similarity_from_ids
@@ -160,6 +162,18 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             if isinstance(callback, HeldOutCallback):
                 callback.attach(self)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def create_model_card(self, model_name: Any = None, dataset_name: Any = None, tags: Any = None) -> None:
+        """GRPOTrainer's card; for an image policy one that shows pictures and how to draw more."""
+        if self.policy is None or not self.policy.generates_images:
+            super().create_model_card(model_name, dataset_name, tags)
+        elif self.is_world_process_zero():
+            plain = self._plain(self.model)
+            base = getattr(plain.config, "_name_or_path", "") or None
+            tags = [tags] if isinstance(tags, str) else list(tags or [])
+            about = {"name": model_name, "repository": self.hub_model_id, "dataset": dataset_name, "tags": tags}
+            adapter = plain is not self.accelerator.unwrap_model(self.model)
+            write_card(Path(self.args.output_dir), self.args, self.state.log_history, base, adapter, about)
 
     # rollout
 

@@ -114,3 +114,5 @@ def test_the_state_of_the_trainer_is_written_last(tiny_janus, tmp_path, monkeypa
     present = next(names for names in seen if "rollout_0.json" in names)
     assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "rollout_0.safetensors"} <= set(present)
     assert "trainer_state.json" not in present and is_whole(tmp_path / "checkpoint-1")
+    card = (tmp_path / "README.md").read_text()  # TRL writes one with every checkpoint
+    assert "gcpo sample --model" in card and "| `rollout_guidance_scale` | `3.0` |" in card

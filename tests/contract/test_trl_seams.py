@@ -95,7 +95,7 @@ def test_the_constructor_has_the_same_parameters():
 def test_what_we_override_exists():
     ours = {name for name, value in vars(GCPOTrainer).items() if inspect.isfunction(value)}
     overridden = {"_generate", "_calculate_rewards", "_generate_and_score_completions", "_compute_loss", "evaluate"}
-    overridden |= {"_get_per_token_logps_and_entropies", "__init__", "train"}
+    overridden |= {"_get_per_token_logps_and_entropies", "__init__", "train", "create_model_card"}
     assert overridden <= ours
     resumed = {name for name, value in vars(ExactResume).items() if inspect.isfunction(value)}
     assert resumed == {"train", "_get_train_sampler", "_save_checkpoint", "_save_rng_state", "_load_rng_state"}
