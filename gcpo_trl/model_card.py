@@ -1,4 +1,4 @@
-"""The README that a trained image policy is saved and pushed with: what trained it, how, what it draws, what it scores."""
+"""The README a trained image policy is saved and pushed with: what trained it, what it draws, what it scores."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def write_card(
         f"# {name}",
         f"{'A LoRA adapter of' if adapter else 'Fine-tuned from'} `{base or 'a model in memory'}`"
         f"{' on ' + about['dataset'] if about['dataset'] else ''} with Group Critical-token Policy Optimization "
-        f"([GCPO]({PAPER})) in [TRL](https://github.com/huggingface/trl): reinforcement learning on the critical tokens "
-        "of each image.",
+        f"([GCPO]({PAPER})) in [TRL](https://github.com/huggingface/trl): reinforcement learning on the "
+        "critical tokens of each image.",
         *([f"![samples of the last logged step]({SAMPLES})"] if pictures else []),
         "## Draw with it",
         usage(about["repository"] or str(folder), base, adapter, args.rollout_guidance_scale),

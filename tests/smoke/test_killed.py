@@ -68,10 +68,10 @@ def test_a_killed_run_ends_as_the_one_left_alone(tiny_janus, tmp_path):
 
     expected, found = (load_file(folder / "model.safetensors") for folder in (alone, killed))
     assert all((found[name] == value).all() for name, value in expected.items())
-    logs = [
-        json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text()) for folder in (alone, killed)
-    ]
-    first, second = (
-        [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log["log_history"]] for log in logs
-    )
+    first, second = (history(folder / f"checkpoint-{STEPS}") for folder in (alone, killed))
     assert first == second and len(first) == STEPS
+
+
+def history(checkpoint):
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log]
