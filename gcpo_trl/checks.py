@@ -13,10 +13,16 @@ from .policies import image_grid
 GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of transformers' class names
 
 
-def load_config(model: Any) -> Any:
-    """The model's configuration; for a path or an id, read without its weights."""
+# Of ``model_init_kwargs``, what says where a model lies and whether its code may run.
+WHERE = ("revision", "subfolder", "token", "cache_dir", "trust_remote_code")
+
+
+def load_config(model: Any, args: Any = None) -> Any:
+    """The model's configuration; for a path or an id, read without its weights, from where ``args`` say it lies."""
     if isinstance(model, str):
-        config = AutoConfig.from_pretrained(model)
+        where = {key: value for key, value in (getattr(args, "model_init_kwargs", None) or {}).items() if key in WHERE}
+        where.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
+        config = AutoConfig.from_pretrained(model, **where)
         names = config.architectures or []
         if names and not any(name.endswith(GENERATORS) for name in names):
             raise ValueError(

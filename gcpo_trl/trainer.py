@@ -93,7 +93,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
     ) -> None:
         if isinstance(model, str):
             model = SHIPPED.get(model, model)
-        config = load_config(model)
+        config = load_config(model, args)
         draws_images = family_of(config) != "text"
         if args is None:
             name = getattr(config, "_name_or_path", "").rstrip("/").split("/")[-1] or config.model_type

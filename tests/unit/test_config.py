@@ -208,3 +208,14 @@ def test_the_first_broken_parameter_is_named():
     assert first_non_finite(model).startswith("all parameters are finite")
     model[1].bias.data[0] = torch.inf
     assert first_non_finite(model) == "parameter 1.bias is not finite"
+
+
+def test_a_configuration_is_read_from_where_the_weights_will_be(tmp_path, monkeypatch):
+    seen = {}
+    read = "gcpo_trl.checks.AutoConfig.from_pretrained"
+    monkeypatch.setattr(read, lambda model, **where: seen.update(where) or CLIPConfig())
+    load_config("some/model", config(model_init_kwargs={"revision": "v2", "dtype": "float32"}, trust_remote_code=True))
+    assert seen == {"revision": "v2", "trust_remote_code": True}
+    seen.clear()
+    load_config("some/model")
+    assert seen == {"trust_remote_code": False}
