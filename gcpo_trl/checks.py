@@ -143,6 +143,9 @@ def check_dataset(dataset: Any) -> None:
 def first_non_finite(model: torch.nn.Module) -> str:
     """Name of the first parameter that holds NaN or infinity, or a sentence that says there is none."""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        # Where parameters are sharded this looks at the process's own part: no process may wait for another here.
+        part = getattr(parameter, "ds_tensor", parameter)
+        part = part.to_local() if hasattr(part, "to_local") else part
+        if not torch.isfinite(part).all():
             return f"parameter {name} is not finite"
     return "all parameters are finite, so an activation or a reward overflowed"

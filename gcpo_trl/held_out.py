@@ -105,11 +105,11 @@ def split(total: int, rank: int, world: int) -> tuple[list[int], int]:
 
 
 def reduce(accelerator: Any, values: Mapping[str, Sequence[float | None]]) -> dict[str, Measured]:
-    """Mean and standard error of each measure over all ranks, from sums and counts; None is left out.
+    """Mean and standard error of each measure over all ranks, from sums and counts.
 
-    A measure without a single value is absent.
+    None and NaN are left out, as in training; a measure without a single value is absent.
     """
-    kept = [[value for value in column if value is not None] for column in values.values()]
+    kept = [[v for v in column if v is not None and not math.isnan(v)] for column in values.values()]
     local = [[sum(column), sum(value * value for value in column), len(column)] for column in kept]
     sums = torch.tensor(local, dtype=torch.float32, device=accelerator.device)
     measured = {}
@@ -183,7 +183,7 @@ class HeldOutCallback(TrainerCallback):
         if self._trainer is None:
             raise TypeError("HeldOutCallback needs GCPOTrainer, which draws its images; this is another trainer")
         self._fallen = set()
-        if not any(entry.get("step") == state.global_step and ROOM + "entropy" in entry for entry in state.log_history):
+        if not any(ROOM + "entropy" in entry for entry in state.log_history):
             self._look(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from . import __version__
+
 PAPER = "https://github.com/zghhui/GCPO"
-PACKAGES = ("gcpo_trl", "trl", "transformers", "peft", "torch")
+PACKAGES = ("trl", "transformers", "peft", "torch")
 SETTINGS = (
     *("select_strategies", "select_fraction", "select_combine", "weight_form", "weight_clip", "weight_detach"),
     *("rollout_guidance_scale", "temperature", "num_generations", "per_device_train_batch_size"),
@@ -36,8 +38,9 @@ def write_card(
     if pictures:
         shutil.copyfile(pictures[-1], folder / SAMPLES)
     name = about["name"] or folder.resolve().name
+    known = base if base and not Path(base).is_dir() else None  # the Hub refuses a path
     data = ModelCardData(
-        base_model=base,
+        base_model=known,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-to-image",
         datasets=about["dataset"],
@@ -46,7 +49,7 @@ def write_card(
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
-        f"{'A LoRA adapter of' if adapter else 'Fine-tuned from'} `{base or 'a model in memory'}`"
+        f"{'A LoRA adapter of' if adapter else 'Fine-tuned from'} `{known or 'a local model'}`"
         f"{' on ' + about['dataset'] if about['dataset'] else ''} with Group Critical-token Policy Optimization "
         f"([GCPO]({PAPER})) in [TRL](https://github.com/huggingface/trl): reinforcement learning on the "
         "critical tokens of each image.",
@@ -57,7 +60,9 @@ def write_card(
         measures(history),
         "## Settings",
         table(("setting", "value"), [(f"`{key}`", f"`{getattr(args, key)}`") for key in SETTINGS]),
-        "Versions: " + ", ".join(f"{package} {version(package)}" for package in PACKAGES) + ".",
+        "Versions: "
+        + ", ".join([f"gcpo_trl {__version__}", *(f"{package} {version(package)}" for package in PACKAGES)])
+        + ".",
     ]
     file = folder / "README.md"
     partial = file.with_suffix(".partial")

@@ -24,13 +24,13 @@ def freeze_all_but(model: nn.Module, policy: Any, names: list[str] | None) -> No
         model.get_submodule(policy.modules[name]).requires_grad_(True)
 
 
-def with_lora_targets(peft_config: Any, pattern: str) -> Any:
-    """``peft_config``, or a copy that adapts ``pattern`` where it does not say what to adapt.
+def names_no_target(peft_config: Any) -> bool:
+    """Whether a LoRA configuration leaves open what to adapt. PEFT has no default for image models."""
+    return getattr(peft_config, "target_modules", "") is None and not getattr(peft_config, "target_parameters", None)
 
-    PEFT has no default for image models and would ask for one, or take every ``q_proj`` of the vision tower too.
-    """
-    if getattr(peft_config, "target_modules", "") is not None or getattr(peft_config, "target_parameters", None):
-        return peft_config
+
+def with_lora_targets(peft_config: Any, pattern: str) -> Any:
+    """A copy of ``peft_config`` that adapts the modules whose full name matches ``pattern``."""
     peft_config = copy.copy(peft_config)
     peft_config.target_modules = pattern
     return peft_config
@@ -42,7 +42,8 @@ def train_report(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         part = ".".join(p for p in name.split(".")[:4] if p not in ("model", "base_model"))
         part = part.split(".")[0]
-        counts.setdefault(part, [0, 0])[parameter.requires_grad] += parameter.numel()
+        numel = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves the parameter itself empty
+        counts.setdefault(part, [0, 0])[parameter.requires_grad] += numel
     trained = sum(c[1] for c in counts.values())
     total = sum(sum(c) for c in counts.values())
     parts = ", ".join(f"{name} {c[1]:,}" for name, c in counts.items() if c[1])

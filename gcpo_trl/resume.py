@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -113,6 +115,7 @@ class ExactResume:
     num_iterations: int
     _step: int
     _buffered_inputs: list[dict[str, Any]] | None
+    _saved: frozenset[Path] | set[Path] = frozenset()
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
         """GRPOTrainer's training. ``True`` goes on from the last checkpoint that was saved to its end.
@@ -128,6 +131,10 @@ class ExactResume:
                     f"resume_from_checkpoint={str(resume_from_checkpoint)!r} is no checkpoint that was saved to its "
                     f"end; the last one in {self.args.output_dir} is {last}"
                 )
+        if self.accelerator.num_processes > 1:
+            chosen = gather_object([str(resume_from_checkpoint or "the start")])
+            if len(set(chosen)) > 1:
+                raise ValueError(f"the processes would go on from {chosen}; use a disk that all machines share")
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)  # type: ignore[misc]
 
     def _get_train_sampler(self, dataset: Any = None) -> EpochOrder:
@@ -137,9 +144,14 @@ class ExactResume:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A state file of an earlier run must not call this checkpoint whole before it is."""
-        if self.accelerator.is_main_process:
-            folder = Path(self._get_output_dir(trial))  # type: ignore[attr-defined]
-            (folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / STATE_FILE).unlink(missing_ok=True)
+        folder = Path(self._get_output_dir(trial))  # type: ignore[attr-defined]
+        folder = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            (folder / STATE_FILE).unlink(missing_ok=True)
+            if folder not in self._saved:  # another run's, whose other files would be read as this one's
+                shutil.rmtree(folder)
+        self._saved = {*self._saved, folder}
+        self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -156,7 +168,7 @@ class ExactResume:
         if checkpoint is None:
             return
         accelerator = self.accelerator
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        self._step, self._buffered_inputs = self.state.global_step * self.args.gradient_accumulation_steps, None
         kept = load_buffer(Path(checkpoint), accelerator.process_index, accelerator.num_processes, accelerator.device)
         if kept is not None:
             self._step, buffer = kept

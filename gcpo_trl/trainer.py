@@ -34,7 +34,7 @@ from .config import GCPOConfig
 from .held_out import HeldOutCallback
 from .image_log import ImageLog
 from .model_card import write_card
-from .modules import freeze_all_but, train_report, with_lora_targets
+from .modules import freeze_all_but, names_no_target, train_report, with_lora_targets
 from .objective.selection import critical_tokens
 from .objective.signals import Signals, group_similarity_from_ids
 from .objective.weighting import advantage_weight
@@ -104,14 +104,16 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         check_engine(args.distributed_state)
         if draws_images:
             args.max_completion_length = check_image_settings(args, config)  # dr_grpo divides by it
-            if args.ddp_find_unused_parameters is None:
-                args.ddp_find_unused_parameters = False  # every trained part of an image policy is used
             check_text_only(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
             check_processor(model, config, processing_class)
             check_dataset(train_dataset)
             check_dataset(eval_dataset)
-            if peft_config is not None:
+            ours = peft_config is None and not hasattr(model, "peft_config")
+            if names_no_target(peft_config):
                 peft_config = with_lora_targets(peft_config, lora_targets(config, args.train_modules))
+                ours = True
+            if ours and args.ddp_find_unused_parameters is None:
+                args.ddp_find_unused_parameters = False  # what we let train is all used; adapters elsewhere may not be
             reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [load_reward(reward) for reward in reward_funcs]
         else:
@@ -169,7 +171,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             super().create_model_card(model_name, dataset_name, tags)
         elif self.is_world_process_zero():
             plain = self._plain(self.model)
-            base = getattr(plain.config, "_name_or_path", "") or None
+            base = getattr(plain.config, "_name_or_path", "")
             tags = [tags] if isinstance(tags, str) else list(tags or [])
             about = {"name": model_name, "repository": self.hub_model_id, "dataset": dataset_name, "tags": tags}
             adapter = plain is not self.accelerator.unwrap_model(self.model)

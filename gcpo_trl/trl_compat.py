@@ -100,15 +100,24 @@ def unsharded(model: torch.nn.Module) -> Iterator[None]:
     The sampler calls parts of a layer and not the layer, so the hooks that would gather them never run.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not shards:
+        yield
+        return
+    root = shards[0]
+    root._get_fsdp_state()._lazy_init()  # or the first part that is called would take itself for the root
+    groups = [group for shard in shards for group in shard._get_fsdp_state()._fsdp_param_groups]
+    settings = [(group, group.post_forward_mesh_info) for group in groups]
+    root.set_reshard_after_forward(False)  # the forward of the prompts must not take them away again
     for shard in shards:
-        shard.set_reshard_after_forward(False)  # the forward of the prompts must not take them away again
         shard.unshard()
     try:
         yield
     finally:
+        for group, setting in settings:
+            group.post_forward_mesh_info = setting
         for shard in shards:
-            shard.set_reshard_after_forward(True)
             shard.reshard()
+        root.reset_iter_state()  # only parts of a forward ran
 
 
 def with_critical_mask(trainer: Any, batch: dict[str, Any], critical: Tensor) -> dict[str, Any]:

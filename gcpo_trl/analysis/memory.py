@@ -254,11 +254,11 @@ def logits_tile(model: nn.Module, run: Run) -> int:
 def cache(model: nn.Module, run: Run) -> int:
     """Bytes of keys and values while sampling: 2 x layers x rows x positions x kv width x bytes; guidance doubles rows.
 
-    The last token is drawn and not fed, so it has no place. Sampling runs outside autocast, in the weights' dtype.
+    The last token is drawn and not fed, so it has no place. Under autocast the cache is what its products read.
     """
     shape = Shape.of(model.config)
     rows = run.sampled * (2 if run.guided else 1)
-    number = layer_of(model, shape, run).stream
+    number = layer_of(model, shape, run).compute
     return 2 * shape.layers * rows * (run.prompt + shape.tokens - 1) * shape.kv * number
 
 

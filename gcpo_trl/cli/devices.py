@@ -28,7 +28,7 @@ def launcher_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError for FSDP without a GPU, which accelerate switches off.
     """
     engine = sharded_by()
-    if engine is None or torch.cuda.is_available():
+    if engine is None or torch.accelerator.is_available():
         return {}
     if engine == "FSDP":
         raise ValueError("FSDP was asked for, but there is no GPU and accelerate has it on GPUs only; use ddp or zero2")

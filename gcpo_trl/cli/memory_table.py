@@ -12,7 +12,7 @@ from trl import ModelConfig, get_peft_config
 
 from ..analysis.memory import Row, Run, estimate, reached, table
 from ..config import GCPOConfig
-from ..modules import freeze_all_but, with_lora_targets
+from ..modules import freeze_all_but, names_no_target, with_lora_targets
 from ..policies import lora_targets
 from ..policies.janus import JanusPolicy
 from ..rewards import load_reward
@@ -78,7 +78,9 @@ def meta_model(config: Any, args: GCPOConfig, model_args: ModelConfig, zero: int
             return model
         from peft import get_peft_model
 
-        peft_config = with_lora_targets(get_peft_config(model_args), lora_targets(config, args.train_modules))
+        peft_config: Any = get_peft_config(model_args)
+        if names_no_target(peft_config):
+            peft_config = with_lora_targets(peft_config, lora_targets(config, args.train_modules))
         # As GRPOTrainer calls it: adapters in fp32, except under ZeRO-3.
         return get_peft_model(model, peft_config, autocast_adapter_dtype=zero != 3)
 

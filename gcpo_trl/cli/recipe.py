@@ -78,7 +78,7 @@ def parse(arguments: list[str]) -> tuple[RunArguments, GCPOConfig, ModelConfig]:
     given = _given(arguments)
     _check_keys(set(given) - {"help"}, known | {f"no_{key}" for key in known}, "the command line")
     settings |= launcher_settings(settings | given)
-    settings |= _accumulation(settings | given)
+    settings |= _accumulation(settings, given)
     parser.set_defaults_with_config(**settings)
     return parser.parse_args_into_dataclasses(args=arguments)
 
@@ -93,11 +93,13 @@ def _given(arguments: list[str]) -> dict[str, str]:
     return given
 
 
-def _accumulation(settings: dict[str, Any]) -> dict[str, int]:
-    """``gradient_accumulation_steps`` where ``total_batch_size`` decides it."""
+def _accumulation(recipe: dict[str, Any], given: dict[str, str]) -> dict[str, int]:
+    """``gradient_accumulation_steps`` where ``total_batch_size`` decides it; the command line beats the recipe."""
+    settings = recipe | given
     if settings.get("total_batch_size") is None:
         return {}
-    if "gradient_accumulation_steps" in settings:
+    both = {"total_batch_size", "gradient_accumulation_steps"}
+    if "gradient_accumulation_steps" in given or both <= set(recipe):
         raise ValueError("total_batch_size decides gradient_accumulation_steps; leave one of the two out")
     sizes = {key: GCPOConfig.__dataclass_fields__[key].default for key in (BATCH_KEY, "num_generations")}
     per_device, group = (int(settings.get(key, default)) for key, default in sizes.items())

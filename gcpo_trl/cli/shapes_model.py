@@ -41,6 +41,10 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     """Check the options; the returned function trains the model."""
     if not 0 < options.scale <= 1:
         raise ValueError(f"--scale is {options.scale}; it is a share of the training steps, above 0 and at most 1")
+    if options.scale < 1 and options.out == CHECKPOINT:
+        raise ValueError(
+            f"--scale {options.scale:g} would replace the model that ships; name another folder with --out"
+        )
     return lambda: train_world(options)
 
 
@@ -63,9 +67,15 @@ def steps(options: argparse.Namespace, count: int) -> int:
     return max(1, round(count * options.scale))
 
 
+def stage_folder(options: argparse.Namespace, name: str) -> Path:
+    """Where a finished stage is kept: runs of another seed or scale have their own."""
+    folder: Path = options.work / f"seed_{options.seed}_scale_{options.scale:g}" / name
+    return folder
+
+
 def image_tokenizer(options: argparse.Namespace) -> JanusVQVAE:
     """The trained image tokenizer: reconstruction first, then local codes. Saved once, taken from disk afterwards."""
-    folder = options.work / "image_tokenizer"
+    folder = stage_folder(options, "image_tokenizer")
     if folder.exists():
         return JanusVQVAE.from_pretrained(folder).eval().requires_grad_(False)
     seed_everything(options.seed)
@@ -82,7 +92,7 @@ def policy_model(
     options: argparse.Namespace, tokenizer: JanusVQVAE, processor: JanusProcessor
 ) -> JanusForConditionalGeneration:
     """The policy after its last stage; stages that are in the work folder are not repeated."""
-    folders = [options.work / f"policy_{stage}" for stage in range(len(STAGES))]
+    folders = [stage_folder(options, f"policy_{stage}") for stage in range(len(STAGES))]
     done = max((stage + 1 for stage, folder in enumerate(folders) if folder.exists()), default=0)
     if done:
         model = JanusForConditionalGeneration.from_pretrained(folders[done - 1], dtype=torch.float32)

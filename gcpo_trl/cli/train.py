@@ -32,7 +32,8 @@ def build_trainer(run: RunArguments, args: GCPOConfig, model_args: ModelConfig, 
         raise ValueError("model_name_or_path is missing; give a path, a hub id or 'shapes-janus'")
     rewards = [load_reward(name) for name in run.reward_funcs]
     dataset = load_prompts(run.dataset_name, run.dataset_split, run.dataset_size, args.seed)
-    args.model_init_kwargs = {"dtype": model_args.dtype or "float32"} | dict(args.model_init_kwargs or {})
+    defaults = {"dtype": model_args.dtype or "float32", "revision": model_args.model_revision}
+    args.model_init_kwargs = defaults | dict(args.model_init_kwargs or {})
     if model_args.attn_implementation:
         args.model_init_kwargs["attn_implementation"] = model_args.attn_implementation
     set_seed(args.seed)

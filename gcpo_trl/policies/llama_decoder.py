@@ -30,8 +30,11 @@ class LlamaDecoder:
         self.body = body
         self.hidden = hidden[rows]
         self.length = mask.shape[1]
-        self.keys = [_with_room(layer.keys[rows], steps) for layer in cache.layers]
-        self.values = [_with_room(layer.values[rows], steps) for layer in cache.layers]
+        # Rotary angles in fp32 make keys fp32 under autocast, which would cast them again at every step.
+        device = mask.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        self.keys = [_with_room(layer.keys[rows].to(dtype), steps) for layer in cache.layers]
+        self.values = [_with_room(layer.values[rows].to(dtype), steps) for layer in cache.layers]
         ahead = first[rows][:, -1:] + 1 + torch.arange(steps, device=mask.device)
         cosine, sine = body.rotary_emb(self.hidden, ahead)
         self.cosine, self.sine = cosine[:, None], sine[:, None]  # (rows, 1, steps, head_dim)

@@ -142,6 +142,7 @@ def save_atomically(folder: Path, *parts: PreTrainedModel | JanusProcessor) -> N
     partial = folder.with_name(folder.name + ".new")
     if partial.exists():  # left by a run that was killed while saving
         shutil.rmtree(partial)
+    partial.mkdir(parents=True)
     for part in parts:
         part.save_pretrained(partial)
     if folder.exists():

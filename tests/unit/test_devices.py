@@ -16,7 +16,7 @@ CPU = ["--output_dir", "a", "--use_cpu", "true"]
 def no_launcher(monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_deepspeed_without_a_gpu_keeps_its_engine(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert launcher_settings({"use_cpu": True}) == {"use_cpu": False, "ddp_backend": "gloo"}
     assert launcher_settings({"ddp_backend": "mpi"})["ddp_backend"] == "mpi"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert launcher_settings({"use_cpu": True}) == {}
 
 
