@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .policies import lora_targets
+
 
 def freeze_all_but(model: nn.Module, policy: Any, names: list[str] | None) -> None:
     """Let only the named modules train; everything else (vision tower, aligners, VQ, unused text head) is frozen.
@@ -33,6 +35,20 @@ def with_lora_targets(peft_config: Any, pattern: str) -> Any:
     """A copy of ``peft_config`` that adapts the modules whose full name matches ``pattern``."""
     peft_config = copy.copy(peft_config)
     peft_config.target_modules = pattern
+    return peft_config
+
+
+def default_adapters(peft_config: Any, model: Any, config: Any, args: Any) -> Any:
+    """The LoRA configuration of an image policy, None without LoRA; by default it adapts ``args.train_modules``.
+
+    What we let train takes part in every loss, so DDP need not look for parts that do not. Adapters of the user's own
+    may lie in the vision tower, where no gradient comes.
+    """
+    ours = peft_config is None and not hasattr(model, "peft_config")
+    if names_no_target(peft_config):
+        peft_config, ours = with_lora_targets(peft_config, lora_targets(config, args.train_modules)), True
+    if ours and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False
     return peft_config
 
 

@@ -34,11 +34,11 @@ from .config import GCPOConfig
 from .held_out import HeldOutCallback
 from .image_log import ImageLog
 from .model_card import write_card
-from .modules import freeze_all_but, names_no_target, train_report, with_lora_targets
+from .modules import default_adapters, freeze_all_but, train_report
 from .objective.selection import critical_tokens
 from .objective.signals import Signals, group_similarity_from_ids
 from .objective.weighting import advantage_weight
-from .policies import adapt, family_of, lora_targets
+from .policies import adapt, family_of
 from .resume import ExactResume
 from .rewards import load_reward
 from .rollout import Rollout, Sampling, sample
@@ -108,12 +108,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             check_processor(model, config, processing_class)
             check_dataset(train_dataset)
             check_dataset(eval_dataset)
-            ours = peft_config is None and not hasattr(model, "peft_config")
-            if names_no_target(peft_config):
-                peft_config = with_lora_targets(peft_config, lora_targets(config, args.train_modules))
-                ours = True
-            if ours and args.ddp_find_unused_parameters is None:
-                args.ddp_find_unused_parameters = False  # what we let train is all used; adapters elsewhere may not be
+            peft_config = default_adapters(peft_config, model, config, args)
             reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [load_reward(reward) for reward in reward_funcs]
         else:

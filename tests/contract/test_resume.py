@@ -108,7 +108,7 @@ def test_the_state_of_the_trainer_is_written_last(tiny_janus, tmp_path, monkeypa
     monkeypatch.setattr(
         trainer.accelerator,
         "wait_for_everyone",
-        lambda: (seen.append(sorted(path.name for path in (tmp_path / "checkpoint-1").iterdir())), wait())[1],
+        lambda: (seen.append(sorted(path.name for path in (tmp_path / "checkpoint-1").glob("*"))), wait())[1],
     )
     trainer.train()
     present = next(names for names in seen if "rollout_0.json" in names)

@@ -48,6 +48,16 @@ def test_a_recipe_trains_alike_on_any_number_of_devices(monkeypatch):
         parse([*CPU, "--total_batch_size", "80", "--per_device_train_batch_size=8"])
 
 
+def test_the_command_lines_batch_beats_the_recipes_accumulation(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text('output_dir: "a"\nuse_cpu: True\ngradient_accumulation_steps: 1\n')
+    words = [str(recipe), "--per_device_train_batch_size", "8", "--total_batch_size", "64"]
+    assert parse(words)[1].gradient_accumulation_steps == 8
+    recipe.write_text(recipe.read_text() + "total_batch_size: 64\n")
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        parse(words)
+
+
 def test_deepspeed_without_a_gpu_keeps_its_engine(monkeypatch, tmp_path):
     assert launcher_settings({}) == {}
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

@@ -149,9 +149,11 @@ def test_autocast_keeps_copies_of_fp32_weights():
 def test_the_command_prints_a_column_a_recipe():
     text = memory_table(RECIPES, [], gpus=1, zero=0, prompt=32)
     assert "| GiB a device | janus1b_geneval | janus1b_hpsv2 | janus7b_geneval | janus7b_hpsv2 |" in text
-    assert "the models of the rewards geneval, hpsv2, which declare" in text and "without an fp32 copy" in text
+    assert "the models of the rewards geneval, hpsv2, which declare" in text and "fp32 copy" not in text
+    halves = memory_table(RECIPES[:1], ["--dtype", "bfloat16"], gpus=1, zero=0, prompt=32)
+    assert "without an fp32 copy" in halves
     lora = memory_table(RECIPES[:1], ["--use_peft", "true"], gpus=4, zero=2, prompt=32)
-    assert "4 devices, ZeRO-2" in lora and "Training needs --lora_target_modules" in lora
+    assert "4 devices, ZeRO-2" in lora and "Some adapters lie" not in lora
     vision = memory_table(RECIPES[:1], ["--use_peft", "true", "--lora_target_modules", "q_proj", "v_proj"], 1, 0, 32)
     assert "Some adapters lie where no gradient comes" in vision
 
