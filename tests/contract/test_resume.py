@@ -1,13 +1,14 @@
 """A run that goes on from a checkpoint is the run that was never interrupted, also inside a rollout buffer."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
 from tiny import janus_trainer, record
 
-from gcpo_trl.resume import is_whole, last_whole_checkpoint, load_buffer, save_buffer
+from gcpo_trl.resume import ExactResume, is_whole, last_whole_checkpoint, load_buffer, save_buffer
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
 # 8 images a generation in 2 slices, each used twice: steps 1 to 4 share one generation.
@@ -116,3 +117,25 @@ def test_the_state_of_the_trainer_is_written_last(tiny_janus, tmp_path, monkeypa
     assert "trainer_state.json" not in present and is_whole(tmp_path / "checkpoint-1")
     card = (tmp_path / "README.md").read_text()  # TRL writes one with every checkpoint
     assert "gcpo sample --model" in card and "| `rollout_guidance_scale` | `3.0` |" in card
+
+
+def test_files_of_an_older_run_do_not_stay_in_a_checkpoint(tiny_janus, tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "rollout_1.json").write_text("{}")
+    trainer = janus_trainer(tiny_janus, tmp_path, **(SAVED | {"max_steps": 1, "save_only_model": True}))
+    trainer.train()
+    assert is_whole(folder) and not list(folder.glob("rollout_*"))
+
+
+def test_processes_that_would_go_on_from_different_steps_are_stopped(tmp_path, monkeypatch):
+    # A machine without the disk of the first one sees no checkpoint and would start anew.
+    class Run(ExactResume, SimpleNamespace):
+        pass
+
+    run = Run(args=SimpleNamespace(output_dir=tmp_path), accelerator=SimpleNamespace(num_processes=2))
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
+    monkeypatch.setattr("gcpo_trl.resume.gather_object", lambda mine: [*mine, "the start"])
+    with pytest.raises(ValueError, match=r"go on from \['.*checkpoint-3', 'the start'\]; use a disk that all machines"):
+        run.train(resume_from_checkpoint=True)
