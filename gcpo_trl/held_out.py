@@ -227,14 +227,9 @@ class HeldOutCallback(TrainerCallback):
             batch_size=args.rollout_batch_size or args.per_device_train_batch_size * args.steps_per_generation,
             entropy_from=args.select_entropy_from,
         )
-        training = trainer.model.training
         with trl_compat.generation_context(trainer):
-            trainer.model.eval()
-            try:
-                rollout = sample(trainer.policy, prompts, self.seed, indices, sampling)
-                images = trainer.policy.decode(rollout.tokens)
-            finally:
-                trainer.model.train(training)
+            rollout = sample(trainer.policy, prompts, self.seed, indices, sampling)
+            images = trainer.policy.decode(rollout.tokens)
         return images, rollout.tokens.tolist(), rollout.entropy.mean(dim=1).tolist()
 
     def _score(

@@ -56,7 +56,6 @@ def show(trainer: Any, options: argparse.Namespace) -> int:
 
     say(f"\nTraining {args.max_steps} steps on captions that share no canonical key with these:")
     trainer.train()
-    trainer.model.eval()
     trainer.save_model(args.output_dir)
 
     say("\nHeld-out prompts after training:")

@@ -112,7 +112,6 @@ def run_once(plan: Plan, arm: str, rate: float | None, seed: int) -> dict[str, A
     if rate is not None:
         trainer.train()
     minutes = (time.monotonic() - start) / 60
-    trainer.model.eval()
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
     reports = {
         f"{scale:g}": evaluate(

@@ -1,7 +1,7 @@
 """What the rest of the code asks of a generator: five questions, the same for every family.
 
     encode(prompts)                 -> PromptBatch
-    start / step                    -> logits of the next position, from a static cache with one prefill a prompt
+    start / step                    -> logits of the next position, from a cache with one prefill a prompt
     logits at given positions       -> attach_head: the teacher-forced scoring that the trainer calls
     decode(tokens)                  -> pictures
     grid, token_table()             -> where tokens lie, and what they mean to the model
