@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := deepspeed,wandb,viz,notebooks,dev
+EXTRAS := deepspeed,wandb,trackers,qlora,remote,serve,ocr,viz,notebooks,dev
 PIP := $(BIN)/python -m pip
 
 # Nothing here needs the network after `make install`.
