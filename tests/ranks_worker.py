@@ -27,12 +27,14 @@ SCENARIOS = {
     "full": {},
     "lora": {"lora": True},
     "all_tokens": {"select_strategies": ["everything"], "weight_form": "none"},
-    "saved": SAVED | BUFFER,
-    "resumed": SAVED | BUFFER | {"resume": 3, "folder": "saved"},
-    "saved_lora": SAVED | BUFFER | {"lora": True},
-    "resumed_lora": SAVED | BUFFER | {"lora": True, "resume": 3, "folder": "saved_lora"},
     "failing": {"fails": True},
 }
+# saved_full_aligned, resumed_full_aligned, ...: a run, and one that goes on from a checkpoint of it.
+for weights, adapted in (("full", {}), ("lora", {"lora": True})):
+    for place, changes in (("aligned", SAVED | {"max_steps": 3}), ("inside", SAVED | BUFFER)):
+        case, step = f"{weights}_{place}", {"aligned": 2, "inside": 3}[place]
+        SCENARIOS[f"saved_{case}"] = adapted | changes
+        SCENARIOS[f"resumed_{case}"] = adapted | changes | {"resume": step, "folder": f"saved_{case}"}
 
 
 def fails_on_the_last_rank(prompts, completions, trainer_state, **columns):

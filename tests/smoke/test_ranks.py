@@ -15,7 +15,8 @@ pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).parents[2]
 WORKER = str(ROOT / "tests" / "ranks_worker.py")
 CONFIGS = ROOT / "recipes" / "accelerate"
-ONE = ("full", "lora", "all_tokens", "saved", "saved_lora")
+CASES = ("full_aligned", "full_inside", "lora_aligned", "lora_inside")  # of a rollout buffer
+RESUMING = [f"{what}_{case}" for case in CASES for what in ("saved", "resumed")]
 
 
 def launch(words, timeout=400):
@@ -53,7 +54,7 @@ def difference(one, other):
 def alone(tiny_janus, tmp_path_factory):
     """What one process does."""
     folder = tmp_path_factory.mktemp("alone")
-    done = launch([WORKER, str(folder), tiny_janus, *ONE])
+    done = launch([WORKER, str(folder), tiny_janus, "full", "lora", *RESUMING])
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -62,7 +63,7 @@ def alone(tiny_janus, tmp_path_factory):
 def ddp(tiny_janus, tmp_path_factory):
     """What two processes do under DDP."""
     folder = tmp_path_factory.mktemp("ddp")
-    done = accelerated("ddp", WORKER, str(folder), tiny_janus, *ONE, "resumed", "resumed_lora")
+    done = accelerated("ddp", WORKER, str(folder), tiny_janus, "full", "lora", "all_tokens", *RESUMING)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -84,19 +85,25 @@ def test_a_group_on_two_ranks_is_the_group_on_one(alone, ddp, scenario):
     assert difference(trained, load_file(alone / f"{scenario}.safetensors")) < 1e-5
 
 
-@pytest.mark.parametrize("scenario", ["resumed", "resumed_lora"])
-def test_two_ranks_go_on_inside_a_buffer(ddp, scenario):
-    saved = scenario.replace("resumed", "saved")
-    for before, after in zip(reports(ddp, saved), reports(ddp, scenario), strict=True):
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_a_continued_run_is_the_uninterrupted_one(request, processes, case):
+    folder = request.getfixturevalue({1: "alone", 2: "ddp"}[processes])
+    whole, continued = reports(folder, f"saved_{case}"), reports(folder, f"resumed_{case}")
+    assert len(continued) == processes
+    for before, after in zip(whole, continued, strict=True):
+        done = len(before["rows"]) - len(after["rows"])
+        assert done == (2 if "aligned" in case else 3)
         assert after["losses"] == before["losses"] and after["norms"] == before["norms"]
-        assert after["rows"] == before["rows"][3:]
+        assert after["rows"] == before["rows"][done:]
         assert after["images"] == before["images"][-1:]
-    assert difference(load_file(ddp / f"{scenario}.safetensors"), load_file(ddp / f"{saved}.safetensors")) == 0
+    parameters = (load_file(folder / f"{what}_{case}.safetensors") for what in ("saved", "resumed"))
+    assert difference(*parameters) == 0
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_trains_as_ddp_does(tiny_janus, tmp_path, ddp, stage):
-    names = ["full", "all_tokens", "saved", "resumed"]
+    names = ["full", "all_tokens", "saved_full_inside", "resumed_full_inside"]
     done = accelerated(f"zero{stage}", WORKER, str(tmp_path), tiny_janus, *names)
     assert done.returncode == 0, done.stderr[-3000:]
     for scenario in ("full", "all_tokens"):
@@ -107,9 +114,9 @@ def test_zero_trains_as_ddp_does(tiny_janus, tmp_path, ddp, stage):
         assert masks == [{ids: row[0] for ids, row in step.items()} for step in rows_of(ddp, scenario)]
         trained = load_file(tmp_path / f"{scenario}.safetensors")
         assert difference(trained, load_file(ddp / f"{scenario}.safetensors")) < 1e-5
-    before, after = reports(tmp_path, "saved")[0], reports(tmp_path, "resumed")[0]
+    before, after = (reports(tmp_path, f"{what}_full_inside")[0] for what in ("saved", "resumed"))
     assert after["losses"] == before["losses"] and after["images"] == before["images"][-1:]
-    assert difference(load_file(tmp_path / "resumed.safetensors"), load_file(tmp_path / "saved.safetensors")) == 0
+    assert difference(*(load_file(tmp_path / f"{what}_full_inside.safetensors") for what in ("saved", "resumed"))) == 0
 
 
 def test_an_error_on_one_rank_ends_all_with_its_cause(tiny_janus, tmp_path):
