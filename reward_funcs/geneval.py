@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._geneval_color import COLORS, ColorClassifier, classify_colors, load_color_classifier, object_on_grey
 from ._geneval_detector import CLASSES, Instance, detect, load_detector
-from ._geneval_metadata import validate_metadata
+from ._geneval_metadata import RELATIONS, TAGS, validate_metadata
 from ._geneval_rule import (
     Rule,
     Verdict,
@@ -38,7 +38,12 @@ from ._runtime import batches_of_one_size, check_images, reward_device
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Models", "Verdict", "judge", "judge_images", "relative_position", "reward", "validate_metadata"]
+# fmt: off
+__all__ = [
+    "CLASSES", "COLORS", "RELATIONS", "TAGS",
+    "Models", "Verdict", "judge", "judge_images", "relative_position", "reward", "validate_metadata",
+]
+# fmt: on
 
 VALUES = ("correct", "strict", "score", "score_fixed")
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"

@@ -29,10 +29,13 @@ class RunArguments:
 
     dataset_name: str = field(
         default="shapes",
-        metadata={"help": "'shapes', a .jsonl, .json, .csv, .parquet or .txt file (one prompt a line), or a hub id."},
+        metadata={
+            "help": "'shapes', 'geneval-train' (GenEval's tasks without its 553 prompts), a .jsonl, .json, .csv, .tsv, "
+            ".parquet or .txt file (one prompt a line), HPSv2's benchmark folder, or a hub id."
+        },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
-    dataset_size: int = field(default=4096, metadata={"help": "Prompts drawn from the shapes world."})
+    dataset_size: int = field(default=4096, metadata={"help": "Prompts drawn for 'shapes' and 'geneval-train'."})
     reward_funcs: list[str] = field(
         default_factory=lambda: ["shapes"],
         metadata={"help": "Rewards: names of files in reward_funcs, or 'package.module:function'."},

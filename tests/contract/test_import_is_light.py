@@ -19,7 +19,7 @@ def loaded_by(module: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("module", ["gcpo_trl", "gcpo_trl.plugins", "gcpo_trl.cli", "reward_funcs"])
+@pytest.mark.parametrize("module", ["gcpo_trl", "gcpo_trl.plugins", "gcpo_trl.cli", "gcpo_trl.prompts", "reward_funcs"])
 def test_import_loads_no_model_code(module):
     assert not HEAVY & loaded_by(module)
 

@@ -15,6 +15,9 @@ from gcpo_trl.cli import launch
 from gcpo_trl.cli.datasets import load_prompts
 from gcpo_trl.cli.recipe import parse, read_recipe
 from gcpo_trl.cli.train import build_trainer
+from gcpo_trl.prompts import generate
+from gcpo_trl.prompts.files import STYLES
+from gcpo_trl.prompts.geneval import official_text
 from gcpo_trl.rewards import load_reward
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -207,7 +210,25 @@ def test_prompts_come_from_files_and_from_the_shapes_world(tmp_path, prompts_fil
     assert world["prompt"] != load_prompts("shapes", "train", 12, seed=4)["prompt"]
 
 
+def test_genevals_tasks_can_be_trained_on_but_not_its_prompts():
+    drawn = load_prompts("geneval-train", "train", 12, seed=3)
+    assert list(drawn) == generate(12, 3).rows
+    with pytest.raises(ValueError, match="'geneval' is the benchmark itself; train on 'geneval-train'"):
+        load_prompts("geneval", "train", 12, seed=3)
+
+
+def test_files_that_arrow_cannot_read_are_prompts_too(tmp_path):
+    # A position is [relation, index]: text and a number in one list.
+    (tmp_path / "official.jsonl").write_text(official_text())
+    assert len(load_prompts(str(tmp_path / "official.jsonl"), "train", 0, 0)) == 553
+    for style in STYLES:
+        (tmp_path / f"{style}.json").write_text(f'["a {style} of a cat"]')
+    assert load_prompts(str(tmp_path), "train", 0, 0)["style"] == ["anime", "concept-art", "paintings", "photo"]
+
+
 @pytest.mark.parametrize("name", ["data/missing.jsonl", "data/missing.txt", "data/missing.parquet"])
 def test_a_missing_file_is_named(name):
-    with pytest.raises(ValueError, match=f"'{name}' is not a file; give an existing file, a hub id or 'shapes'"):
+    with pytest.raises(
+        ValueError, match=f"'{name}' is not a file; give an existing file, a hub id, 'shapes' or 'geneval-train'"
+    ):
         load_prompts(name, "train", 0, 0)
