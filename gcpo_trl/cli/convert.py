@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -32,8 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("family", choices=["llamagen"])
     parser.add_argument("source", type=Path, help="a released .pt or .safetensors file; with --back a folder")
     parser.add_argument("target", type=Path, help="the new folder; with --back the new .pt file")
-    parser.add_argument("--vq", type=Path, help="the image tokenizer's file: without it the model draws codes, no pictures")
-    parser.add_argument("--grid", type=int, default=16, help="side of the token grid: 16, 24, 32 at 256, 384, 512 pixels")
+    parser.add_argument(
+        "--vq", type=Path, help="the image tokenizer's file: without it the model draws codes, no pictures"
+    )
+    parser.add_argument(
+        "--grid", type=int, default=16, help="side of the token grid: 16, 24, 32 at 256, 384, 512 pixels"
+    )
     parser.add_argument("--heads", type=int, help="attention heads, for a size that was not published")
     parser.add_argument("--text-encoder", default="google/flan-t5-xl", help="id or folder of the T5 and its tokenizer")
     parser.add_argument("--back", action="store_true", help="from a folder to a released file")
@@ -84,7 +89,9 @@ def _processor(config: object, options: argparse.Namespace) -> LlamaGenProcessor
     if config.condition == CLASS:
         return LlamaGenProcessor(class_tokenizer(config.num_classes), max_length=1)
     try:
-        return LlamaGenProcessor(AutoTokenizer.from_pretrained(options.text_encoder), max_length=config.condition_tokens)
+        return LlamaGenProcessor(
+            AutoTokenizer.from_pretrained(options.text_encoder), max_length=config.condition_tokens
+        )
     except (OSError, ValueError):
         say(
             f"no tokenizer at {options.text_encoder!r} here: the folder will hold no processor. Give --text-encoder a "
@@ -96,8 +103,10 @@ def _processor(config: object, options: argparse.Namespace) -> LlamaGenProcessor
 def _backward(options: argparse.Namespace) -> Callable[[], int]:
     folder = options.source
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no folder with a config.json; give what `gcpo convert` or a run has written")
-    if '"llamagen_vq"' in (folder / "config.json").read_text().partition("vq_config")[0]:
+        raise FileNotFoundError(
+            f"{folder} is no folder with a config.json; give what `gcpo convert` or a run has written"
+        )
+    if json.loads((folder / "config.json").read_text()).get("model_type") == LlamaGenVQModel.config_class.model_type:
         contents = export_tokenizer(LlamaGenVQModel.from_pretrained(folder, dtype="auto"), options.layout)
     else:
         model = LlamaGenForImageGeneration.from_pretrained(folder, dtype="auto")

@@ -90,7 +90,7 @@ def _load(path: Path) -> Any:
         # Released training checkpoints keep their command line beside the weights; a Namespace is a plain container.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is corrupt, cut short or holds more than tensors ({reason}); {_known()}") from error
 
@@ -252,7 +252,11 @@ def _account(checkpoint: Checkpoint, expected: set[str]) -> None:
 def _filled(model: Any, state: dict[str, Tensor], checkpoint: Checkpoint) -> Any:
     """The model with ``state`` as its tensors; ValueError names the ones of another shape."""
     expected = model.state_dict()
-    wrong = [f"{k} {tuple(v.shape)}, not {tuple(expected[k].shape)}" for k, v in state.items() if v.shape != expected[k].shape]
+    wrong = [
+        f"{k} {tuple(v.shape)}, not {tuple(expected[k].shape)}"
+        for k, v in state.items()
+        if v.shape != expected[k].shape
+    ]
     if wrong:
         raise ValueError(f"{checkpoint.path} has tensors of other shapes: {'; '.join(wrong)}")
     model.load_state_dict(state, strict=False, assign=True)

@@ -127,9 +127,7 @@ class LlamaGenModel(LlamaModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = prefix_mask(attention_mask, inputs_embeds)
-        return super().forward(
-            inputs_embeds=self.token_dropout(inputs_embeds), attention_mask=attention_mask, **kwargs
-        )
+        return super().forward(inputs_embeds=self.token_dropout(inputs_embeds), attention_mask=attention_mask, **kwargs)
 
 
 class LlamaGenForImageGeneration(LlamaPreTrainedModel):
