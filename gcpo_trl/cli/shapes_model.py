@@ -20,7 +20,7 @@ from ..rollout import Sampling
 from ..shapes.build import CHECKPOINT, GRID, IMAGE_CODES, build_model, build_processor, save_atomically
 from ..shapes.localize import localize_tokenizer
 from ..shapes.renderer import IMAGE_SIZE
-from ..shapes.train_policy import STAGES, any_scenes, scenes, train_policy
+from ..shapes.train_policy import STAGES, JanusLearner, any_scenes, scenes, train_policy
 from ..shapes.train_tokenizer import tokenizer_config, train_tokenizer
 from .console import say
 
@@ -103,7 +103,7 @@ def policy_model(
         model.model.generation_embeddings.weight.data.copy_(tokenizer.quantize.embedding.weight)
     for stage, (count, noise, tasks) in list(enumerate(STAGES))[done:]:
         seed = options.seed + stage
-        losses = train_policy(model, processor, tokenizer, steps(options, count), noise, tasks, seed=seed)
+        losses = train_policy(JanusLearner(model, processor), tokenizer, steps(options, count), noise, tasks, seed=seed)
         say(f"policy, stage {stage}: {losses}")
         save_atomically(folders[stage], model)
     return model

@@ -1,4 +1,4 @@
-"""Generators that transformers does not have, written in its conventions, and known to its Auto classes from here on."""
+"""Generators that transformers does not have, in its conventions, known to its Auto classes once imported."""
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 

@@ -30,7 +30,7 @@ DECODE_BATCH = 16  # pictures a call of the VQ decoder, whose activations dwarf 
 
 
 class LlamaGenPolicy:
-    """The five questions for LlamaGen. ``model`` is the plain module, also when PEFT or an engine wraps it elsewhere."""
+    """The five questions for LlamaGen. ``model`` is the plain module, also where PEFT or an engine wraps it."""
 
     generates_images = True
     modules = {"language_model": "model", "generation_head": "lm_head"}
@@ -63,8 +63,7 @@ class LlamaGenPolicy:
         """
         inputs = self.processor([caption_of(prompt) for prompt in prompts])
         ids, mask = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
-        if self.model.config.condition == CLASS and not bool(
-            ((ids >= 0) & (ids < self.model.config.num_classes)).all()
+XX            ((ids >= 0) & (ids < self.model.config.num_classes)).all()
         ):
             raise ValueError(f"a class-conditional LlamaGen takes classes 0 to {self.model.config.num_classes - 1}")
         return PromptBatch(ids, mask, ids)

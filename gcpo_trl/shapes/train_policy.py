@@ -1,4 +1,4 @@
-"""Pretrains the tiny Janus of the shapes world on captions and rendered scenes, deliberately imperfectly.
+"""Pretrains the tiny policies of the shapes world on captions and rendered scenes, deliberately imperfectly.
 
 Like web data, the captions are noisy: with the probability of its stage the picture differs from its caption in one
 respect (a class, a colour, a number, a relation). The model then draws clean shapes but often not the ones asked for,
@@ -12,13 +12,14 @@ import dataclasses
 import math
 import random
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import JanusForConditionalGeneration, JanusProcessor, JanusVQVAE
+from transformers import JanusForConditionalGeneration, JanusProcessor, JanusVQVAE, PreTrainedModel
 
 from .grammar import COLORS, INVERSE, SHAPES, TASKS, Item, Spec, all_specs, split_specs
 from .localize import encode_tiles
@@ -121,9 +122,47 @@ def caption_loss(model: JanusForConditionalGeneration, prompts: Tensor, mask: Te
     return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
 
+class Learner(Protocol):
+    """A policy in pretraining: what trains, how it reads captions, and its loss on pictures as tokens."""
+
+    model: PreTrainedModel
+    parameters: list[Tensor]
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, ...]:
+        """Captions as tensors ``(captions, ...)``, made once for a pool of scenes."""
+        ...
+
+    def loss(self, encoded: tuple[Tensor, ...], tokens: Tensor, dropped: Tensor) -> Tensor:
+        """Mean cross entropy of ``tokens (batch, seq)``; the captions of ``dropped`` rows are left out."""
+        ...
+
+
+class JanusLearner:
+    """The tiny Janus: language model and image parts train, the image tokenizer does not."""
+
+    def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor) -> None:
+        self.model, self.processor = model, processor
+        inner, ids = model.model, processor.tokenizer
+        self.keep = (ids.bos_token_id, ids.convert_tokens_to_ids(processor.image_start_token))
+        parts = (
+            inner.language_model,
+            inner.generation_embeddings,
+            inner.generation_aligner,
+            inner.generation_head,
+        )
+        self.parameters = [parameter for part in parts for parameter in part.parameters()]
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, ...]:
+        return encode_captions(self.processor, captions)
+
+    def loss(self, encoded: tuple[Tensor, ...], tokens: Tensor, dropped: Tensor) -> Tensor:
+        prompts, mask = encoded
+        pad = self.processor.tokenizer.pad_token_id
+        return caption_loss(self.model, blank(prompts, self.keep, pad, dropped), mask, tokens)
+
+
 def train_policy(
-    model: JanusForConditionalGeneration,
-    processor: JanusProcessor,
+    learner: Learner,
     tokenizer_model: JanusVQVAE,
     steps: int,
     noise: float,
@@ -133,28 +172,25 @@ def train_policy(
     learning_rate: float = 2e-3,
     pool: int = 12288,
 ) -> dict[str, float]:
-    """Train ``model`` in place for ``steps``; a fresh pool of scenes is drawn whenever the last one is used up."""
+    """Train ``learner`` in place for ``steps``; a fresh pool of scenes is drawn whenever the last one is used up."""
     generator = torch.Generator().manual_seed(seed)
-    ids = processor.tokenizer
-    keep = (ids.bos_token_id, ids.convert_tokens_to_ids(processor.image_start_token))
-    trained = [*model.model.language_model.parameters(), *model.model.generation_embeddings.parameters()]
-    trained += [*model.model.generation_aligner.parameters(), *model.model.generation_head.parameters()]
+    model, trained = learner.model, learner.parameters
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     model.set_attn_implementation("eager")  # twice as fast as sdpa in bf16 on a CPU at this size
     model.train()
     round_, losses, order = 0, [], torch.empty(0, dtype=torch.long)
-    bar = tqdm(range(steps), desc="tiny Janus", mininterval=5)
+    bar = tqdm(range(steps), desc="tiny policy", mininterval=5)
     for step in bar:
         if len(order) < batch_size:
             captions, pictures = scenes(pool, seed * 100_003 + round_, noise, tasks)
-            tokens, (prompts, mask) = encode_tiles(tokenizer_model, pictures), encode_captions(processor, captions)
+            tokens, encoded = encode_tiles(tokenizer_model, pictures), learner.encode(captions)
             order, round_ = torch.randperm(pool, generator=generator).repeat(2), round_ + 1
         rows, order = order[:batch_size], order[batch_size:]
         dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / 200) * 0.5 * (1.02 + math.cos(math.pi * step / steps))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = caption_loss(model, blank(prompts[rows], keep, ids.pad_token_id, dropped), mask[rows], tokens[rows])
+            loss = learner.loss(tuple(part[rows] for part in encoded), tokens[rows], dropped)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

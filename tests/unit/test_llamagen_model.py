@@ -322,5 +322,5 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
 
 
 def test_a_model_without_tokenizer_says_how_to_get_one(text):
-    with pytest.raises(ValueError, match="convert it again with --vq VQ.pt"):
+    with pytest.raises(ValueError, match=r"convert it again with --vq VQ\.pt"):
         text[1].decode_image_tokens(CODES)

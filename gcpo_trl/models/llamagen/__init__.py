@@ -1,4 +1,4 @@
-"""LlamaGen (Sun et al., 2024, arXiv 2406.06525): a Llama over the codes of an image tokenizer, after a text or a class."""
+"""LlamaGen (Sun et al., 2024, arXiv 2406.06525): a Llama over an image tokenizer's codes, after a text or a class."""
 
 from .configuration import SIZES, LlamaGenConfig, LlamaGenVQConfig
 from .modeling import LlamaGenForImageGeneration, LlamaGenModel

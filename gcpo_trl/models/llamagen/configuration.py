@@ -38,10 +38,10 @@ class LlamaGenConfig(LlamaConfig):
     """A LlamaGen transformer; the fields beyond `LlamaConfig` are these.
 
     condition: "text" (a prefix of ``condition_tokens`` text-encoder features, ``caption_dim`` wide) or "class" (one of
-    ``num_classes``; the prefix is one token). grid_size: side of the token grid, 16 at 256 pixels, 24 at 384, 32 at 512.
+    ``num_classes``; the prefix is one token). grid_size: side of the token grid, pixels / 16.
     text_encoder: the T5 whose features are the prefix, by id or path; it is no part of the model.
     token_dropout, resid_dropout, ffn_dropout: 0.1 in pre-training, and 0 here, because a policy that is scored must be
-    the policy that was sampled. vq_config: None for a model without an image tokenizer, which gives codes and no images.
+    the policy that was sampled. vq_config: None for a model without image tokenizer, which gives codes, no images.
     """
 
     model_type = "llamagen"

@@ -1,7 +1,7 @@
 """The LlamaGen transformer on transformers' Llama: attention, cache, checkpointing and LoRA targets are Llama's own.
 
-Three things differ from Llama (autoregressive/models/gpt.py): positions lie on a grid, the sequence starts with a prefix
-of condition embeddings whose queries and keys are zero, and padded prefix positions see themselves. The released
+Three things differ from Llama (autoregressive/models/gpt.py): positions lie on a grid, the sequence starts with a
+prefix of condition embeddings whose queries and keys are zero, and padded prefix positions see themselves. The released
 rotation turns neighbouring channels; this one turns halves, as Llama does, so conversion reorders the rows of the query
 and key projections (`convert`), which changes no product of the two.
 """
@@ -122,7 +122,7 @@ class LlamaGenModel(LlamaModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """``attention_mask``: (batch, keys), 1 on real positions, keys counting those in the cache; None is all real."""
+        """``attention_mask``: (batch, keys), 1 on real positions, with those in the cache; None is all real."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if attention_mask is not None and attention_mask.dim() == 2:

@@ -13,7 +13,7 @@ USAGE = 65536  # length of the released buffer of recently used codes; kept so t
 
 
 class NormalizedQuantizer(JanusVQVAEVectorQuantizer):
-    """Nearest code by cosine: latents and codes are normalised whenever they are looked up (tokenizer_image/vq_model.py)."""
+    """Nearest code by cosine: latents and codes are normalised at every lookup (tokenizer_image/vq_model.py)."""
 
     def __init__(self, config: LlamaGenVQConfig) -> None:
         super().__init__(config)
