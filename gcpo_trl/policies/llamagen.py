@@ -63,9 +63,9 @@ class LlamaGenPolicy:
         """
         inputs = self.processor([caption_of(prompt) for prompt in prompts])
         ids, mask = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
-XX            ((ids >= 0) & (ids < self.model.config.num_classes)).all()
-        ):
-            raise ValueError(f"a class-conditional LlamaGen takes classes 0 to {self.model.config.num_classes - 1}")
+        classes = self.model.config.num_classes
+        if self.text_encoder is None and bool((ids >= classes).any()):
+            raise ValueError(f"a class-conditional LlamaGen takes classes 0 to {classes - 1} as prompts, got {prompts}")
         return PromptBatch(ids, mask, ids)
 
     def condition(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

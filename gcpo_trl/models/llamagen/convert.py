@@ -1,7 +1,7 @@
 """Released LlamaGen checkpoints -> folders that `from_pretrained` opens, and back, tensor for tensor.
 
 Known files: the transformer or the image tokenizer under "model", "module" or "state_dict", or bare; and the
-community's transformers-like layout. Only tensors and plain containers are read (`weights_only`), every name accounted for.
+community's transformers-like layout. Only tensors and plain containers are read (`weights_only`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from .cleaning import clean_caption
 class LlamaGenProcessor(ProcessorMixin):
     """A text encoder's tokenizer with LlamaGen's length and, for reproduction, its cleaning of captions.
 
-    max_length: tokens of a caption, the rest is cut. clean_captions: the published cleaning, applied twice as there; off, a
+    max_length: tokens of a caption, the rest is cut. clean_captions: the published cleaning, twice as there; else a
     caption is read as written. For a class-conditional model the tokenizer's words are class numbers.
     """
 
