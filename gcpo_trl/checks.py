@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from .policies import image_grid
 
-GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of transformers' class names
+# Endings of transformers' class names.
+GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageGeneration")
 
 
 # Of ``model_init_kwargs``, what says where a model lies and whether its code may run.

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoProcessor,
     JanusForConditionalGeneration,
+    JanusVQVAE,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -26,6 +27,7 @@ from transformers import (
 
 import gcpo_trl
 from gcpo_trl.policies.janus import JanusPolicy
+from gcpo_trl.shapes import llamagen as shapes_llamagen
 from gcpo_trl.shapes.build import build_model, build_processor
 from gcpo_trl.shapes.train_tokenizer import tokenizer_config
 
@@ -54,6 +56,23 @@ def save_janus(folder: Path) -> str:
     if not folder.exists():
         build_janus().save_pretrained(folder)
         build_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def save_llamagen(folder: Path) -> str:
+    """A random text-conditional LlamaGen of 81 image tokens, its processor and its T5 under ``folder``."""
+    if not folder.exists():
+        torch.manual_seed(0)
+        tokenizer = JanusVQVAE(tokenizer_config(IMAGE_SIZE, GRID, CODES, HIDDEN))
+        model = shapes_llamagen.build_model(tokenizer, HIDDEN, LAYERS, HEADS)
+        with torch.no_grad():
+            for name, parameter in [*model.model.named_parameters(), *model.lm_head.named_parameters()]:
+                if parameter.dim() > 1 and "embed" not in name:
+                    parameter.mul_(8.0)
+            model.model.embed_tokens.weight.mul_(40.0)
+        model.save_pretrained(folder)
+        shapes_llamagen.build_processor().save_pretrained(folder)
+        shapes_llamagen.build_text_encoder().save_pretrained(folder / shapes_llamagen.TEXT_ENCODER)
     return str(folder)
 
 
@@ -211,6 +230,12 @@ def libraries_frozen():
 def tiny_janus(tmp_path_factory, libraries_frozen):
     """Path of a saved tiny Janus."""
     return save_janus(tmp_path_factory.getbasetemp() / "tiny-janus")
+
+
+@pytest.fixture(scope="session")
+def tiny_llamagen(tmp_path_factory, libraries_frozen):
+    """Path of a saved tiny LlamaGen."""
+    return save_llamagen(tmp_path_factory.getbasetemp() / "tiny-llamagen")
 
 
 @pytest.fixture(scope="session")

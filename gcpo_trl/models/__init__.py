@@ -1,6 +1,6 @@
 """Generators that transformers does not have, in its conventions, known to its Auto classes once imported."""
 
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
 from .llamagen import (
     LlamaGenConfig,
@@ -14,13 +14,10 @@ AutoConfig.register("llamagen", LlamaGenConfig)
 AutoConfig.register("llamagen_vq", LlamaGenVQConfig)
 AutoModel.register(LlamaGenConfig, LlamaGenForImageGeneration)
 AutoModel.register(LlamaGenVQConfig, LlamaGenVQModel)
+AutoModelForCausalLM.register(LlamaGenConfig, LlamaGenForImageGeneration)  # what TRL falls back on
 AutoProcessor.register(LlamaGenConfig, LlamaGenProcessor)
 
-# ``config.architectures[0]`` -> class, for loaders that look for it in transformers alone.
-ARCHITECTURES = {"LlamaGenForImageGeneration": LlamaGenForImageGeneration}
-
 __all__ = [
-    "ARCHITECTURES",
     "LlamaGenConfig",
     "LlamaGenForImageGeneration",
     "LlamaGenProcessor",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .. import models  # noqa: F401  transformers' Auto classes know them from here on
 from ..plugins import available, resolve
 
 # transformers' ``config.model_type`` -> the file that adapts it; everything else is a text language model.
-FAMILIES = {"janus": "janus"}
+FAMILIES = {"janus": "janus", "llamagen": "llamagen"}
 
 
 def family_of(config: Any) -> str:

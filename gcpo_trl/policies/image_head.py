@@ -1,17 +1,31 @@
-"""Log-probability and entropy of given tokens under a head, without ever holding ``(batch, seq, vocab)``."""
+"""What image families share: tokens scored without ever holding ``(batch, seq, vocab)``, and pixels made pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
 
 from ..objective.signals import entropy
 
 CHUNK = 2048  # positions a tile: 2048 x 16384 fp32 logits are 134 MB
+
+DECODE_BATCH = 16  # pictures a call of a VQ decoder, whose activations dwarf its output
+
+
+@dataclass
+class ImageScores(ModelOutput):
+    """What the trainer reads after ``model(..., fused_lm_head=True)``: ``(batch, image tokens)`` each, fp32."""
+
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    aux_loss: Tensor | None = None
 
 
 def score_tokens(
@@ -38,3 +52,9 @@ def score_tokens(
     ]
     log_probs, entropies = (torch.cat(parts).view(tokens.shape) for parts in zip(*tiles, strict=True))
     return log_probs, entropies
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """Pictures of ``(batch, height, width, 3)`` in [-1, 1]; levels are cut, not rounded, as Janus' processor does."""
+    levels = ((pixels.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).cpu().numpy()
+    return [Image.fromarray(picture) for picture in levels]

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, JanusForConditionalGeneration
-from transformers.utils import ModelOutput
 
 from .base import NextLogits, PromptBatch
 from .decode_state import DecodeState, Generator, begin
-from .image_head import score_tokens
+from .image_head import DECODE_BATCH, ImageScores, score_tokens, to_pictures
 from .llama_decoder import positions
 
 # Linear layers of each part, as a pattern behind its name. "q_proj" alone would also hit the vision tower.
@@ -29,16 +27,6 @@ LORA_LAYERS = {
     "generation_head": r"(proj_out|vision_head)",
     "generation_aligner": r"(fc1|hidden_layers\.\d+)",
 }
-DECODE_BATCH = 16  # pictures a call of the VQ decoder, whose activations dwarf its output
-
-
-@dataclass
-class ImageScores(ModelOutput):
-    """What the trainer reads after ``model(..., fused_lm_head=True)``: ``(batch, image tokens)`` each, fp32."""
-
-    log_probs: Tensor | None = None
-    entropy: Tensor | None = None
-    aux_loss: Tensor | None = None
 
 
 class JanusPolicy:
@@ -138,10 +126,9 @@ class JanusPolicy:
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> list[Image.Image]:
-        """Pictures of token grids ``(batch, seq)``; levels are cut, not rounded, as the processor does."""
-        pixels = torch.cat([self.model.decode_image_tokens(part) for part in tokens.split(DECODE_BATCH)])
-        levels = ((pixels.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).cpu().numpy()
-        return [Image.fromarray(picture) for picture in levels]
+        """Pictures of token grids ``(batch, seq)``."""
+        parts = [self.model.decode_image_tokens(part) for part in tokens.split(DECODE_BATCH)]
+        return to_pictures(torch.cat(parts))  # channels last: transformers has moved them
 
     @torch.no_grad()
     def token_table(self, space: str = "aligner") -> Tensor:

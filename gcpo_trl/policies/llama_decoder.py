@@ -30,6 +30,7 @@ class LlamaDecoder:
 
     def __init__(self, body: Any) -> None:
         self.body = body
+        self.positions = getattr(body, "positions", positions)
         self.blocks: list[LlamaBlock] = []
         self.window: int | None = None
 
@@ -40,7 +41,7 @@ class LlamaDecoder:
         ``rows`` say which prompt each sequence continues; returns their last hidden states ``(rows, dim)``. A decoder
         that is filled again keeps its memory where the shapes are the same.
         """
-        cache, first = DynamicCache(config=self.body.config), positions(mask)
+        cache, first = DynamicCache(config=self.body.config), self.positions(mask)
         hidden = self.body(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=first, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1][rows]
@@ -147,17 +148,18 @@ class GrowingDecoder:
 
     def __init__(self, body: Any) -> None:
         self.body = body
+        self.positions = getattr(body, "positions", positions)
 
     @torch.no_grad()
     def fill(self, embeddings: Tensor, mask: Tensor, rows: Tensor, steps: int) -> Tensor:
         """As `LlamaDecoder.fill`, except that every row runs its own prompt."""
         self.cache, self.mask = DynamicCache(config=self.body.config), mask[rows]
-        return self._forward(embeddings[rows], positions(self.mask))
+        return self._forward(embeddings[rows], self.positions(self.mask))
 
     def step(self, embeddings: Tensor) -> Tensor:
         """As `LlamaDecoder.step`."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        return self._forward(embeddings[:, None], positions(self.mask)[:, -1:])
+        return self._forward(embeddings[:, None], self.positions(self.mask)[:, -1:])
 
     def _forward(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
         return self.body(
@@ -170,7 +172,7 @@ class GrowingDecoder:
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Position ids that start at 0 on the first real token of a left-padded row."""
+    """Position ids that start at 0 on the first real token of a left-padded row; a body may count in its own way."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 

@@ -20,13 +20,12 @@ from ..models.llamagen.configuration import CLASS
 from ..models.llamagen.text import TextEncoder, resolve
 from .base import NextLogits, PromptBatch
 from .decode_state import DecodeState, Generator, begin
-from .image_head import ImageScores, score_tokens, to_pictures
+from .image_head import DECODE_BATCH, ImageScores, score_tokens, to_pictures
 
 LORA_LAYERS = {
     "language_model": r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
     "generation_head": r"lm_head",
 }
-DECODE_BATCH = 16  # pictures a call of the VQ decoder, whose activations dwarf its output
 
 
 class LlamaGenPolicy:
@@ -130,7 +129,8 @@ class LlamaGenPolicy:
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> list[Image.Image]:
         """Pictures of token grids ``(batch, seq)``."""
-        return to_pictures(torch.cat([self.model.decode_image_tokens(part) for part in tokens.split(DECODE_BATCH)]))
+        parts = [self.model.decode_image_tokens(part) for part in tokens.split(DECODE_BATCH)]
+        return to_pictures(torch.cat(parts).permute(0, 2, 3, 1))
 
     @torch.no_grad()
     def token_table(self, space: str = "aligner") -> Tensor:

@@ -115,6 +115,10 @@ class LlamaGenModel(LlamaModel):
         self.token_dropout = nn.Dropout(config.token_dropout)
         self.post_init()
 
+    def positions(self, mask: Tensor) -> Tensor:
+        """Position ids ``(batch, seq)``: padding counts, so that every image starts at the same place."""
+        return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
