@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from .checks import check_count
+from .checks import check_count, check_device
 from .objective.selection import COMBINE, load
 from .objective.weighting import FORMS
 
@@ -107,6 +107,14 @@ class GCPOConfig(GRPOConfig):
             "are adapted unless target_modules says otherwise. Text models train as in GRPOTrainer."
         },
     )
+    reward_device: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the models of reward_funcs live: 'auto' is GCPO_REWARD_DEVICE where it is set, else each "
+            "rank's GPU, else the CPU; 'cpu' or 'cuda:1' take those of all ranks away from training. They stay where "
+            "they first load. A reward that is a torch.nn.Module is placed by TRL."
+        },
+    )
     log_images: int = field(
         default=0,
         metadata={
@@ -146,6 +154,7 @@ class GCPOConfig(GRPOConfig):
             )
         if self.rollout_batch_size < 0:
             raise ValueError(f"rollout_batch_size={self.rollout_batch_size} must be >= 0; 0 samples all at once")
+        check_device("reward_device", self.reward_device)
         check_count(
             "log_images", self.log_images, least=0, hint="write the steps between grids, such as 50, or 0 for none"
         )

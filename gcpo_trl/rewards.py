@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
 import torch
+
+from reward_funcs._runtime import DEVICE_VARIABLE
 
 from .plugins import resolve
 
@@ -30,6 +33,12 @@ def load_reward(reward: Any) -> Any:
     if not callable(function):
         raise TypeError(f"reward {name!r} is a {type(function).__name__}; pass a name, a path or a function")
     return _checked(function, name)
+
+
+def place_rewards(device: str) -> None:
+    """Where the rewards of reward_funcs, which import nothing of ours, load their models; "auto" leaves it to them."""
+    if device != "auto":
+        os.environ[DEVICE_VARIABLE] = device
 
 
 def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:

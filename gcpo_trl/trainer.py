@@ -24,6 +24,7 @@ from .checks import (
     check_engine,
     check_image_settings,
     check_processor,
+    check_quantization,
     check_text_only,
     check_text_settings,
     engine_report,
@@ -34,13 +35,13 @@ from .config import GCPOConfig
 from .held_out import HeldOutCallback
 from .image_log import ImageLog
 from .model_card import write_card
-from .modules import default_adapters, freeze_all_but, train_report
+from .modules import default_adapters, default_quantization, freeze_all_but, keep_differentiable, train_report
 from .objective.selection import critical_tokens
 from .objective.signals import Signals, group_similarity_from_ids
 from .objective.weighting import advantage_weight
 from .policies import adapt, family_of
 from .resume import ExactResume
-from .rewards import load_reward
+from .rewards import load_reward, place_rewards
 from .rollout import Rollout, Sampling, sample
 from .shapes.build import SHIPPED
 
@@ -95,13 +96,10 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             model = SHIPPED.get(model, model)
         config = load_config(model, args)
         draws_images = family_of(config) != "text"
-        if args is None:
-            name = getattr(config, "_name_or_path", "").rstrip("/").split("/")[-1] or config.model_type
-            args = GCPOConfig(f"{name}-GCPO")
-        elif not isinstance(args, GCPOConfig):
-            logger.warning("args is a %s: training is plain GRPO; pass a GCPOConfig", type(args).__name__)
-            args = GCPOConfig.plain(args)
+        args = self._settings(args, config)
         check_engine(args.distributed_state)
+        place_rewards(args.reward_device)
+        check_quantization(model, quantization_config, peft_config, args)
         if draws_images:
             args.max_completion_length = check_image_settings(args, config)  # dr_grpo divides by it
             check_text_only(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
@@ -109,6 +107,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             check_dataset(train_dataset)
             check_dataset(eval_dataset)
             peft_config = default_adapters(peft_config, model, config, args)
+            quantization_config = default_quantization(quantization_config, config, args)
             reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [load_reward(reward) for reward in reward_funcs]
         else:
@@ -131,9 +130,21 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
                 environment_factory=environment_factory,
             )
         self.beta = args.beta
+        keep_differentiable(self.model)
         self.policy = adapt(self._plain(self.model), self.processing_class)
         if draws_images:
             self._prepare_image_policy()
+
+    @staticmethod
+    def _settings(args: Any, config: Any) -> GCPOConfig:
+        """``args`` as a GCPOConfig: the defaults for None, plain GRPO for a GRPOConfig."""
+        if args is None:
+            name = getattr(config, "_name_or_path", "").rstrip("/").split("/")[-1] or config.model_type
+            return GCPOConfig(f"{name}-GCPO")
+        if not isinstance(args, GCPOConfig):
+            logger.warning("args is a %s: training is plain GRPO; pass a GCPOConfig", type(args).__name__)
+            return GCPOConfig.plain(args)
+        return args
 
     def _prepare_image_policy(self) -> None:
         """Freeze what does not train, and score with the image head on policy and reference."""

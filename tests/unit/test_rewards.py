@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import reward_funcs.shapes
-from gcpo_trl.rewards import check_rewards, load_reward
+from gcpo_trl.rewards import check_rewards, load_reward, place_rewards
+from reward_funcs._runtime import reward_device
 
 IMAGES = ["first", "second"]
 
@@ -166,3 +167,14 @@ def test_check_rewards_leaves_its_argument_alone():
     rewards = [1, None]
     assert check_rewards("r", rewards, 2) == [1.0, None]
     assert rewards == [1, None]
+
+
+# where their models load
+
+
+def test_rewards_that_are_placed_load_there(monkeypatch):
+    monkeypatch.setenv("GCPO_REWARD_DEVICE", "cuda:3")
+    place_rewards("auto")  # leaves it to the environment
+    assert reward_device("auto") == "cuda:3"
+    place_rewards("cuda:1")
+    assert reward_device("auto") == "cuda:1" and reward_device("cpu") == "cpu"
