@@ -183,6 +183,16 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             adapter = plain is not self.accelerator.unwrap_model(self.model)
             write_card(Path(self.args.output_dir), self.args, self.state.log_history, base, adapter, about)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """GRPOTrainer's push, without its pickle."""
+        with trl_compat.arguments_stay_here():
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """GRPOTrainer's push of a checkpoint, without its pickle."""
+        with trl_compat.arguments_stay_here():
+            super()._push_from_checkpoint(checkpoint_folder)
+
     # rollout
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers.trainer as hf_trainer
 import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -145,6 +146,31 @@ def log_apart(trainer: Any, values: dict[str, float]) -> None:
     should_log = trainer.control.should_log
     Trainer.log(trainer, dict(values))
     trainer.control.should_log = should_log
+
+
+@contextlib.contextmanager
+def arguments_stay_here() -> Iterator[None]:
+    """Around a push: ``training_args.bin`` is left out. It is a pickle, which loading could run, and nothing reads it.
+
+    Trainer's pushes name what they leave out themselves and take no more; each asks for its `HfApi` by this function.
+    """
+    original = hf_trainer.hf_api
+
+    def hf_api() -> Any:
+        api = copy.copy(original())
+        upload = api.upload_folder
+
+        def upload_folder(*, ignore_patterns: Any = (), **options: Any) -> Any:
+            return upload(ignore_patterns=[*ignore_patterns, hf_trainer.TRAINING_ARGS_NAME], **options)
+
+        api.upload_folder = upload_folder
+        return api
+
+    hf_trainer.hf_api = hf_api
+    try:
+        yield
+    finally:
+        hf_trainer.hf_api = original
 
 
 def tensorboard_writer(trainer: Any) -> Any | None:
