@@ -38,6 +38,9 @@ PACKAGES: dict[str, tuple[str, str, str]] = {
     "datasets": ("5.2.0", "", ""),
     "deepspeed": ("0.19.8", "", "deepspeed"),
     "wandb": ("0.31.0", "", "wandb"),
+    "tensorboard": ("2.21.0", "", "trackers"),
+    "trackio": ("0.43.0", "", "trackers"),
+    "bitsandbytes": ("0.50.2", "", "qlora"),
 }
 GIB = 2**30
 MEMORY_WANTED = 2 * GIB  # the shapes recipe with its libraries stays below
@@ -66,6 +69,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     """Parse; the returned function checks, or prints the table. ValueError for words that neither understands."""
     parser = argparse.ArgumentParser(prog="gcpo doctor", description=__doc__, allow_abbrev=False)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="folder whose disk is looked at")
+    parser.add_argument("--model", nargs="+", default=[], help="folders or ids of models to look for")
     parser.add_argument("--memory", nargs="+", metavar="RECIPE", help="print a memory table instead, a column a recipe")
     parser.add_argument("--gpus", type=int, default=1, help="devices the run is spread over")
     parser.add_argument("--zero", type=int, default=0, choices=(0, 2, 3), help="DeepSpeed ZeRO stage; 0 is none")
@@ -79,7 +83,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
         return functools.partial(show, text)
     if overrides:
         raise ValueError(f"unknown words {' '.join(overrides)}; --key value belongs behind --memory RECIPE")
-    return lambda: report(checks(options.output_dir))
+    return lambda: report(checks(options.output_dir, options.model))
 
 
 def show(text: str) -> int:
@@ -107,7 +111,7 @@ def examine(subject: str, check: Check) -> Finding:
         return Finding("FAIL", subject, f"{type(error).__name__}: {message}; the check itself stopped here")
 
 
-def checks(folder: Path) -> list[tuple[str, Check]]:
+def checks(folder: Path, models: list[str]) -> list[tuple[str, Check]]:
     """Every check with its subject, in the order of the report."""
     rewards = [name for name in available(REWARDS) if name not in GOLDEN]
     return [
@@ -116,6 +120,7 @@ def checks(folder: Path) -> list[tuple[str, Check]]:
         ("accelerator", check_accelerator),
         ("memory", check_memory),
         ("disk", functools.partial(check_disk, folder)),
+        *(("model", functools.partial(check_model, model)) for model in models),
         ("shapes model", check_shapes_model),
         *((f"reward {name}", functools.partial(check_golden, name)) for name in GOLDEN),
         *((f"reward {name}", functools.partial(check_weights, name)) for name in rewards),
@@ -204,6 +209,21 @@ def check_disk(folder: Path) -> Finding:
     if free < DISK_WANTED:
         return Finding("warn", "disk", f"{seen}; a checkpoint of Janus-Pro-1B with its optimizer takes about 10 GB")
     return Finding("ok", "disk", seen)
+
+
+def check_model(where: str) -> Finding:
+    """The files of the model that is to be trained; nothing is loaded."""
+    from ..shapes.build import SHIPPED
+
+    wanted = (("config.json",), WEIGHTS)
+    missing = [files[0] for files in wanted if not on_disk(SHIPPED.get(where, where), files)]
+    if missing:
+        return Finding(
+            "FAIL",
+            "model",
+            f"{where} has no {' and no '.join(missing)} on this disk; give its folder, or hf download it",
+        )
+    return Finding("ok", "model", f"{where} is on this disk, not loaded")
 
 
 # what comes with the package

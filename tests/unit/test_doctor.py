@@ -177,6 +177,17 @@ def test_rewards_whose_weights_are_not_here(monkeypatch, tmp_path):
     assert "no self-test is known" in doctor.check_weights("mine").text
 
 
+def test_a_model_is_looked_for_and_not_loaded(monkeypatch, tmp_path):
+    assert doctor.check_model("shapes-janus") == Finding("ok", "model", "shapes-janus is on this disk, not loaded")
+    (tmp_path / "config.json").write_text("{}")
+    finding = doctor.check_model(str(tmp_path))
+    assert finding.status == "FAIL" and "has no model.safetensors on this disk" in finding.text
+    (tmp_path / "model.safetensors.index.json").write_text("{}")  # of one in several files
+    assert doctor.check_model(str(tmp_path)).status == "ok"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    assert "someone/reds has no config.json and no model" in doctor.check_model("someone/reds").text
+
+
 def test_the_hub_cache_counts_as_disk(monkeypatch):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda where, file: f"/cache/{where}/{file}")
     assert doctor.check_weights("geneval").status == "ok"
