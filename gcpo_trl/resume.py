@@ -133,6 +133,7 @@ class ExactResume:
     accelerator: Any
     state: Any
     num_iterations: int
+    model: Any
     ref_model: Any
     _step: int
     _buffered_inputs: list[dict[str, Any]] | None
@@ -186,6 +187,14 @@ class ExactResume:
         if self.args.sync_ref_model and self.args.should_save:
             save_model(self.accelerator.unwrap_model(self.ref_model), str(Path(output_dir) / REFERENCE_FILE))
         self.accelerator.wait_for_everyone()  # rank 0 now writes the file that calls the checkpoint whole
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """PEFT loads every adapter in fp32, also where TRL had it in bf16, as it has those of a quantised model."""
+        before = {name: one.dtype for name, one in self.model.named_parameters() if one.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        for name, parameter in self.model.named_parameters():
+            if before.get(name, parameter.dtype) != parameter.dtype:
+                parameter.data = parameter.data.to(before[name])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Also called where a run goes on, after the optimizer is loaded and before the first batch."""

@@ -93,6 +93,25 @@ def test_a_moving_reference_in_parts_is_refused_where_it_would_be_saved(tiny_jan
         check_reference(trainer.ref_model, settings(tmp_path, **(SAVED | unkept)), None)
 
 
+def test_a_quantised_model_goes_on_with_its_adapter_as_it_was(tiny_janus, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="install gcpo_trl[qlora]")
+    four_bit = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+
+    def build():
+        return janus_trainer(
+            *(tiny_janus, tmp_path), peft_config=adapter(), learning_rate=1e-2, model_init_kwargs=four_bit, **SAVED
+        )
+
+    whole, again = build(), build()
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert logged(again) == logged(whole)
+    expected, found = whole.model.state_dict(), again.model.state_dict()
+    adapters = [name for name in expected if "lora_" in name]
+    assert len(adapters) == 8 and {found[name].dtype for name in adapters} == {torch.bfloat16}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_buffer_comes_back_as_it_was(tmp_path):
     batch = {"ids": torch.arange(6).view(2, 3), "advantages": torch.tensor([0.5, -0.5])}
     halves = [{key: value[i : i + 1] for key, value in batch.items()} | {"images": None, "turns": [i]} for i in (0, 1)]
