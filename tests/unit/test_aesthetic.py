@@ -96,13 +96,15 @@ def test_a_head_of_another_layout_is_an_error():
         _linear_head.linear_head("the head", state, ("layers.0", "layers.2"))
 
 
-def test_an_mlp_with_activations_is_not_taken_for_the_linear_one(v1, tmp_path):
-    # ava+logos-l14-reluMSE.pth, of the same publisher, has its last layer at 8.
-    _, state, _ = v1
-    renamed = {key.replace("layers.7", "layers.8"): value for key, value in state.items()}
+def test_a_head_with_activations_is_not_taken_for_the_linear_one(v1, tmp_path):
+    # ava+logos-l14-reluMSE.pth, of the same publisher, has a ReLU after each layer and so other numbers.
+    numbers = {"0": "0", "2": "3", "4": "6", "6": "9", "7": "11"}
+    renamed = {f"layers.{numbers[key.split('.')[1]]}.{key.split('.')[2]}": value for key, value in v1[1].items()}
     torch.save(renamed, tmp_path / "relu.pth")
     scorer = aesthetic.Scorer(head=str(tmp_path / "relu.pth"), clip="unused", device="cpu")
-    with pytest.raises(ValueError, match=r"missing keys layers\.7.*unexpected keys layers\.8"):
+    with pytest.raises(
+        ValueError, match=r"missing keys layers\.2\..* and 3 more; unexpected keys layers\.11\..*layers\.3"
+    ):
         aesthetic.reward(["a"], pictures(1), scorer)
 
 
