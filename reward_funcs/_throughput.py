@@ -2,10 +2,10 @@
 
     python -m reward_funcs._throughput pickscore --batch 1 16
 
-writes one row of Markdown a batch size: reward, models, parameters, batch, images a second, CPU seconds an image (of all
-threads, which other work on the machine stretches less), peak memory. Speed does not depend on the weights' values, so
-nothing is downloaded. Pictures are noise of 384 x 384 (Janus-Pro's size); preparing
-them counts. Prompts have ten words. GenEval looks at the colour of one object a picture.
+writes one row of Markdown a batch size: reward, models, parameters, batch, images a second, CPU seconds an image (of
+all threads; other work on the machine stretches them less), peak memory. Speed does not depend on the weights' values,
+so nothing is downloaded. Pictures are noise of 384 x 384, Janus-Pro's size; preparing them counts. Prompts have ten
+words. GenEval looks at the colour of one object a picture.
 """
 
 from __future__ import annotations
@@ -236,16 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     subject = SUBJECTS[given.name](device)
     millions = sum(parameter.numel() for module in subject.modules for parameter in module.parameters()) / 1e6
     for batch in sorted(given.batch):
-        speed = images_a_second(subject, batch, given.seconds)
-        cells = [
-            f"`{given.name}`",
-            subject.models,
-            f"{millions:.0f} M",
-            batch,
-            f"{speed:.2g}",
-            f"{peak_gib(device):.1f}",
-        ]
-        sys.stdout.write(f"| {' | '.join(map(str, cells))} |\n")
+        speed, cpu = timed(subject, batch, given.seconds)
+        measured = f"{batch} | {speed:.2g} | {cpu:.2g} | {peak_gib(device):.1f}"
+        sys.stdout.write(f"| `{given.name}` | {subject.models} | {millions:.0f} M | {measured} |\n")
         sys.stdout.flush()
 
 

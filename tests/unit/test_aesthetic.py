@@ -102,9 +102,7 @@ def test_a_head_with_activations_is_not_taken_for_the_linear_one(v1, tmp_path):
     renamed = {f"layers.{numbers[key.split('.')[1]]}.{key.split('.')[2]}": value for key, value in v1[1].items()}
     torch.save(renamed, tmp_path / "relu.pth")
     scorer = aesthetic.Scorer(head=str(tmp_path / "relu.pth"), clip="unused", device="cpu")
-    with pytest.raises(
-        ValueError, match=r"missing keys layers\.2\..* and 3 more; unexpected keys layers\.11\..*layers\.3"
-    ):
+    with pytest.raises(ValueError, match=r"missing keys layers\.2\..* and 1 more; unexpected keys layers\.11\."):
         aesthetic.reward(["a"], pictures(1), scorer)
 
 
