@@ -75,7 +75,7 @@ def pretrained(kind: Any, place: str) -> Any:
 
     with whole_weights():
         model, info = kind.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
-    check_keys(f"{place!r} as a {kind.__name__}", set(), {*info["missing_keys"]}, unexpected=False)
+    check_keys(f"{place!r} as a {kind.__name__}", given=(), wanted=info["missing_keys"])
     return model.eval()
 
 
@@ -90,10 +90,9 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
     return saved.get("state_dict", saved)
 
 
-def check_keys(what: str, given: Collection[str], wanted: Collection[str], unexpected: bool = True) -> None:
-    """ValueError that lists the keys wanted but not given and, unless told not to, those given but not wanted."""
-    lacking = sorted({*wanted} - {*given})
-    besides = sorted({*given} - {*wanted}) if unexpected else []
+def check_keys(what: str, given: Collection[str], wanted: Collection[str]) -> None:
+    """ValueError that lists the keys wanted but not given and those given but not wanted, if there are any."""
+    lacking, besides = sorted({*wanted} - {*given}), sorted({*given} - {*wanted})
     if lacking or besides:
         raise ValueError(
             f"{what}: missing keys {named(lacking)}; unexpected keys {named(besides)}; give the file as published"
