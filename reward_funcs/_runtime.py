@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,26 @@ def prompt_text(prompt: str | Sequence[dict[str, Any]]) -> str:
         raise ValueError(f"the prompt {prompt!r} has no user message; write a string or add one with role 'user'")
     content = users[-1]
     return content if isinstance(content, str) else " ".join(part["text"] for part in content if "text" in part)
+
+
+def rewards_of(
+    name: str,
+    prompts: Sequence[Any],
+    completions: Sequence[Image | None],
+    score: Callable[[list[Image], list[str]], Sequence[float]],
+) -> list[float | None]:
+    """`score(images, texts)` of the completions that are images, each with its prompt's text; None for the others.
+
+    `score` is not called where there is no image, so that no model loads.
+    """
+    check_images(name, completions, prompts=prompts)
+    images = {index: image for index, image in enumerate(completions) if image is not None}
+    rewards: list[float | None] = [None] * len(completions)
+    if images:
+        values = score(list(images.values()), [prompt_text(prompts[index]) for index in images])
+        for index, value in zip(images, values, strict=True):
+            rewards[index] = value
+    return rewards
 
 
 def batches_of_one_size(images: Sequence[Image], batch_size: int) -> Iterator[list[int]]:
