@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -30,6 +31,21 @@ def load_reward(reward: Any) -> Any:
     if not callable(function):
         raise TypeError(f"reward {name!r} is a {type(function).__name__}; pass a name, a path or a function")
     return _checked(function, name)
+
+
+def ask_rewards(rewards: list[Any], dataset: Any) -> None:
+    """Let each reward look at the dataset before any weight is loaded, if its module has a function `check_rows`.
+
+    That function takes the dataset, reads columns by name and raises what is wrong. A stream is not read for it.
+    """
+    if isinstance(dataset, dict):  # several evaluation sets by name
+        for part in dataset.values():
+            ask_rewards(rewards, part)
+    elif hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
+        modules = [sys.modules.get(getattr(reward, "__module__", "")) for reward in rewards]
+        for check in dict.fromkeys(getattr(module, "check_rows", None) for module in modules):
+            if check is not None:
+                check(dataset)
 
 
 def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:

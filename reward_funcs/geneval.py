@@ -33,7 +33,7 @@ from ._geneval_rule import (
     rule_from_options,
     threshold_for,
 )
-from ._runtime import batches_of_one_size, check_images, reward_device
+from ._runtime import batches_of_one_size, check_images, dataset_column, reward_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,6 +101,13 @@ def score(prompts: Any, completions: Any, metadata: Any, **columns: Any) -> list
 def score_fixed(prompts: Any, completions: Any, metadata: Any, **columns: Any) -> list[float | None]:
     """`reward` with value="score_fixed", for a recipe: reward_funcs.geneval:score_fixed."""
     return reward(prompts, completions, metadata, "score_fixed", **columns)
+
+
+def check_rows(dataset: Any) -> None:
+    """Every metadata can be judged; the trainer asks before it loads a model."""
+    for line in dataset_column("geneval", dataset, "metadata"):
+        if line is not None:
+            validate_metadata(line, CLASSES, COLORS)
 
 
 def judge_images(
