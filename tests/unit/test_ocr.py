@@ -1,6 +1,7 @@
 """The text measures by hand, and whole pictures read by the models inside the rapidocr package."""
 
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,6 +173,17 @@ def test_modes_and_shapes_of_pictures_do_not_matter():
     wide, grey = picture("Hello", size=(800, 200)), picture("Hello").convert("L")
     seethrough = picture("Hello").convert("RGBA")
     assert ocr.ned(['"Hello"'] * 3, [wide, grey, seethrough]) == [1.0, 1.0, 1.0]
+
+
+def test_the_engine_gets_its_channels_in_its_order():
+    given = []
+
+    def engine(pixels):
+        given.append(pixels)
+        return SimpleNamespace(txts=None)
+
+    assert ocr.read(engine, Image.new("RGB", (2, 1), "red")) == []
+    assert given[0].tolist() == [[[0, 0, 255], [0, 0, 255]]]  # blue, green, red
 
 
 def test_mistakes_are_named(monkeypatch):
