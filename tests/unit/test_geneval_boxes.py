@@ -21,6 +21,7 @@ from transformers import (
     RTDetrV2Config,
     RTDetrV2ForObjectDetection,
 )
+from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 from reward_funcs import _geneval_color as color
 from reward_funcs import _geneval_detector as detector
@@ -126,6 +127,16 @@ def test_boxes_are_in_pixels_of_the_picture(cat_detector):
     edges = torch.cat([centre - size / 2, centre + size / 2], dim=1) * torch.tensor([48, 32, 48, 32])
     edges = edges.clamp(min=0).minimum(torch.tensor([48.0, 32, 48, 32]))
     assert np.array(sorted(one.box for one in found)) == pytest.approx(np.array(sorted(edges.tolist())), abs=1e-3)
+
+
+def test_boxes_end_at_the_edge_of_the_picture():
+    # Centre and size as shares: (0 +- .25) * 40 and (1 +- .5) * 20.
+    answer = DetrObjectDetectionOutput(
+        logits=torch.tensor([[[-9.0, 9.0]]]), pred_boxes=torch.tensor([[[0.0, 1.0, 0.5, 1.0]]])
+    )
+    seer = detector.Detector(lambda **inputs: answer, RTDetrImageProcessorPil(), ("cat", "dog"), "cpu", masks=False)
+    ((one,),) = detector.detect(seer, [Image.new("RGB", (40, 20))], floor=0.3)
+    assert (one.name, one.box) == ("dog", (0.0, 10.0, 10.0, 20.0))
 
 
 def test_floor_is_the_threshold(cat_detector):
