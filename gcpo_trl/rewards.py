@@ -17,6 +17,14 @@ from .plugins import resolve
 PACKAGE = "reward_funcs"
 
 
+def load_rewards(rewards: Any, *datasets: Any) -> list[Any]:
+    """One reward or a list of them, loaded, after each has looked at each dataset. No weight is loaded for it."""
+    loaded = [load_reward(reward) for reward in (rewards if isinstance(rewards, list) else [rewards])]
+    for dataset in datasets:
+        ask_rewards(loaded, dataset)
+    return loaded
+
+
 def load_reward(reward: Any) -> Any:
     """The reward behind a name ("shapes"), a path ("my_pkg.mine:score") or a callable, with its answers checked.
 
@@ -34,7 +42,7 @@ def load_reward(reward: Any) -> Any:
 
 
 def ask_rewards(rewards: list[Any], dataset: Any) -> None:
-    """Let each reward look at the dataset before any weight is loaded, if its module has a function `check_rows`.
+    """Let each reward look at the dataset, if its module has a function `check_rows`.
 
     That function takes the dataset, reads columns by name and raises what is wrong. A stream is not read for it.
     """

@@ -40,7 +40,7 @@ from .objective.signals import Signals, group_similarity_from_ids
 from .objective.weighting import advantage_weight
 from .policies import adapt, family_of
 from .resume import ExactResume
-from .rewards import ask_rewards, load_reward
+from .rewards import load_rewards
 from .rollout import Rollout, Sampling, sample
 from .shapes.build import SHIPPED
 
@@ -109,10 +109,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             check_dataset(train_dataset)
             check_dataset(eval_dataset)
             peft_config = default_adapters(peft_config, model, config, args)
-            reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            reward_funcs = [load_reward(reward) for reward in reward_funcs]
-            ask_rewards(reward_funcs, train_dataset)
-            ask_rewards(reward_funcs, eval_dataset)
+            reward_funcs = load_rewards(reward_funcs, train_dataset, eval_dataset)
         else:
             check_text_settings(args, config)
         with trl_compat.reference_built(args, model, needed=args.needs_weight):
