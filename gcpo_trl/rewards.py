@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -17,6 +18,14 @@ from reward_funcs._runtime import DEVICE_VARIABLE
 from .plugins import resolve
 
 PACKAGE = "reward_funcs"
+
+
+def load_rewards(rewards: Any, *datasets: Any) -> list[Any]:
+    """One reward or a list of them, loaded, after each has looked at each dataset. No weight is loaded for it."""
+    loaded = [load_reward(reward) for reward in (rewards if isinstance(rewards, list) else [rewards])]
+    for dataset in datasets:
+        ask_rewards(loaded, dataset)
+    return loaded
 
 
 def load_reward(reward: Any) -> Any:
@@ -39,6 +48,21 @@ def place_rewards(device: str) -> None:
     """Where the rewards of reward_funcs, which import nothing of ours, load their models; "auto" leaves it to them."""
     if device != "auto":
         os.environ[DEVICE_VARIABLE] = device
+
+
+def ask_rewards(rewards: list[Any], dataset: Any) -> None:
+    """Let each reward look at the dataset, if its module has a function `check_rows`.
+
+    That function takes the dataset, reads columns by name and raises what is wrong. A stream is not read for it.
+    """
+    if isinstance(dataset, dict):  # several evaluation sets by name
+        for part in dataset.values():
+            ask_rewards(rewards, part)
+    elif hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
+        modules = [sys.modules.get(getattr(reward, "__module__", "")) for reward in rewards]
+        for check in dict.fromkeys(getattr(module, "check_rows", None) for module in modules):
+            if check is not None:
+                check(dataset)
 
 
 def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:

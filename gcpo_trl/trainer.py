@@ -41,7 +41,7 @@ from .objective.signals import Signals, group_similarity_from_ids
 from .objective.weighting import advantage_weight
 from .policies import adapt, family_of
 from .resume import ExactResume
-from .rewards import load_reward, place_rewards
+from .rewards import load_rewards, place_rewards
 from .rollout import Rollout, Sampling, sample
 from .shapes.build import SHIPPED
 
@@ -108,8 +108,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             check_dataset(eval_dataset)
             peft_config = default_adapters(peft_config, model, config, args)
             quantization_config = default_quantization(quantization_config, config, args)
-            reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            reward_funcs = [load_reward(reward) for reward in reward_funcs]
+            reward_funcs = load_rewards(reward_funcs, train_dataset, eval_dataset)
         else:
             check_text_settings(args, config)
         with trl_compat.reference_built(args, model, needed=args.needs_weight):

@@ -54,6 +54,14 @@ def check_images(name: str, completions: Sequence[Any], **columns: Sequence[Any]
             raise ValueError(f"{name}: {len(values)} {column} for {len(completions)} completions; give one each")
 
 
+def dataset_column(name: str, dataset: Any, column: str) -> Sequence[Any]:
+    """A column of a dataset, or of a dictionary of lists; a ValueError says which reward misses which column."""
+    columns = list(getattr(dataset, "column_names", dataset))
+    if column not in columns:
+        raise ValueError(f"{name} reads the column {column!r}, and the dataset has {columns}; add or rename it")
+    return dataset[column]
+
+
 def prompt_text(prompt: str | Sequence[dict[str, Any]]) -> str:
     """Text of a prompt; of a conversation, that of its last user message."""
     if isinstance(prompt, str):

@@ -3,14 +3,16 @@
 import asyncio
 import inspect
 import math
+import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 import reward_funcs.shapes
-from gcpo_trl.rewards import check_rewards, load_reward, place_rewards
+from gcpo_trl.rewards import ask_rewards, check_rewards, load_reward, place_rewards
 from reward_funcs._runtime import reward_device
 
 IMAGES = ["first", "second"]
@@ -95,6 +97,25 @@ def test_a_path_to_something_that_is_no_function_is_refused():
 def test_loading_twice_checks_once_more_and_keeps_the_name():
     reward = load_reward(load_reward("shapes"))
     assert reward.__name__ == "shapes"
+
+
+# what a reward says of the dataset
+
+
+def test_a_reward_looks_at_each_dataset_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        sys.modules[__name__], "check_rows", lambda dataset: seen.append(dataset["bonus"][0]), raising=False
+    )
+    one, two = (Dataset.from_dict({"bonus": [value]}) for value in (1, 2))
+    rewards = [load_reward(reward) for reward in (lengths, answering([0.5]), "shapes", torch.nn.Linear(1, 1))]
+    ask_rewards(
+        rewards, {"one": one, "two": two}
+    )  # two of the rewards are of this file; the others have nothing to say
+    assert seen == [1, 2]
+    for unread in (None, one.to_iterable_dataset(), [{"bonus": 3}]):
+        ask_rewards(rewards, unread)
+    assert seen == [1, 2]
 
 
 # answers
