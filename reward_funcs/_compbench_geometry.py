@@ -124,7 +124,7 @@ def same_object(first: Box, second: Box) -> bool:
     """Whether two boxes share more than 0.9 of their union, of the first, or of the second."""
     common = intersection(first, second, pixel=1.0)
     areas = area(first, pixel=1.0), area(second, pixel=1.0)
-    return common > SAME * min(*areas, sum(areas) - common)
+    return common / min(*areas, sum(areas) - common) > SAME
 
 
 def suppress(detections: Sequence[Mapping[str, Any]], limit: float) -> list[Mapping[str, Any]]:

@@ -126,6 +126,8 @@ def chunk(text: str, end: str = ".") -> list[str]:
             if names_something(words[start:index]):
                 phrases.append(text[tokens[start].start() : tokens[index - 1].end()])
             start = None
+            if word not in DETERMINERS:  # a boundary, or the verb of the phrase: neither opens the next
+                continue
         if start is None and word[0].isalnum() and word not in BOUNDARIES and not is_verb(word, following):
             start = index
     return phrases

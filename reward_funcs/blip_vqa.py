@@ -144,8 +144,9 @@ def load_blip(model_id: str, image_size: int, device: str) -> Blip:
     # BLIP adds [DEC] and [ENC] behind BERT's vocabulary, in this order (models/blip.py, init_tokenizer); the tokenizer
     # files on the hub name neither.
     encode = decode + 1
-    yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
-    if encode >= model.config.text_config.vocab_size or tokenizer.unk_token_id in (yes, no):
+    vocabulary = tokenizer.get_vocab()
+    yes, no = vocabulary.get("yes", -1), vocabulary.get("no", -1)
+    if encode >= model.config.text_config.vocab_size or -1 in (yes, no):
         raise ValueError(f"{model_id!r} is no BLIP-VQA model: its vocabulary lacks [ENC], 'yes' or 'no'; use {MODEL}")
     # Own settings: the checkpoint's file asks for 384 x 384.
     processor = BlipImageProcessorPil(size={"height": image_size, "width": image_size})

@@ -4,10 +4,10 @@
     action           (CLIP + BLIP-VQA) / 2                  "The shiny silver car zoomed past the old rusty truck."
     spatial_action   (2D-spatial + CLIP + BLIP-VQA) / 3     "The sleek black cat sat next to the fluffy white pillow."
 
-As 3_in_1_eval/3_in_1.py, which looks the kind of a prompt up in the benchmark's lists; here it is the `compbench` column's
-"kind", or read from the prompt (`_compbench_text.kind_of`). CLIP is the bare cosine under ViT-B/32 with the prompt less its
-adjectives (CLIPScore_eval/CLIP_similarity.py --complex). The spatial part depends on the detector: give results under
-`label()`. The benchmark draws 10 pictures a prompt.
+As 3_in_1_eval/3_in_1.py, which looks the kind of a prompt up in the benchmark's lists; here it is the `compbench`
+column's "kind", or read from the prompt (`_compbench_text.kind_of`). CLIP is the bare cosine under ViT-B/32 with the
+prompt less its adjectives (CLIPScore_eval/CLIP_similarity.py --complex). The spatial part depends on the detector: give
+results under `label()`. The benchmark draws 10 pictures a prompt.
 """
 
 from __future__ import annotations
