@@ -27,6 +27,7 @@ from ._runtime import check_images, prompt_text, reward_device, whole_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -100,28 +101,40 @@ def chances_of_yes(scorer: Scorer, images: Sequence[Image], phrases: Sequence[Se
     for start in range(0, len(images), scorer.batch_size):
         some, asked = images[start : start + scorer.batch_size], phrases[start : start + scorer.batch_size]
         pixels = blip.processor([image.convert("RGB") for image in some], return_tensors="pt").pixel_values
-        tokens = blip.tokenizer(
-            [question(phrase) for each in asked for phrase in each],
-            padding=True,
-            truncation=True,
-            max_length=QUESTION_TOKENS,
-            return_tensors="pt",
-        ).to(device)
-        tokens.input_ids[:, 0] = blip.encode
-        owners = torch.tensor([index for index, each in enumerate(asked) for _ in each], device=device)
+        questions = [question(phrase) for each in asked for phrase in each]
+        tokens = blip.tokenizer(questions, truncation=True, max_length=QUESTION_TOKENS).input_ids
+        owners = [index for index, each in enumerate(asked) for _ in each]
+        yes = torch.empty(len(questions))
         with torch.inference_mode():
-            seen = blip.model.vision_model(pixels.to(device), interpolate_pos_encoding=True).last_hidden_state[owners]
-            understood = blip.model.text_encoder(
-                tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen
-            ).last_hidden_state
-            answers = blip.model.text_decoder(
-                torch.full((len(owners), 1), blip.decode, device=device),
-                encoder_hidden_states=understood,
-                encoder_attention_mask=tokens.attention_mask,
-            ).logits[:, 0]
-        yes = (answers[:, blip.yes] - answers[:, blip.no]).sigmoid()
+            seen = blip.model.vision_model(pixels.to(device), interpolate_pos_encoding=True).last_hidden_state
+            for rows in rows_of_one_length(tokens):
+                ids = torch.tensor([tokens[row] for row in rows], device=device)
+                yes[rows] = answer(blip, ids, seen[[owners[row] for row in rows]]).float().cpu()
         chances += [part.tolist() for part in yes.split([len(each) for each in asked])]
     return chances
+
+
+def rows_of_one_length(tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Rows in groups of equally many tokens, so that none needs padding.
+
+    transformers 5.23 drops the mask of BLIP's cross-attention (BlipTextAttention passes it under another name), so the
+    answer would read the padding of its question.
+    """
+    by_length: dict[int, list[int]] = {}
+    for row, ids in enumerate(tokens):
+        by_length.setdefault(len(ids), []).append(row)
+    return list(by_length.values())
+
+
+def answer(blip: Blip, questions: Tensor, seen: Tensor) -> Tensor:
+    """P(yes) / (P(yes) + P(no)), (batch,), of questions (batch, seq) on image features (batch, patches, dim)."""
+    import torch
+
+    asked = torch.cat([torch.full_like(questions[:, :1], blip.encode), questions[:, 1:]], dim=1)
+    understood = blip.model.text_encoder(asked, encoder_hidden_states=seen).last_hidden_state
+    start = torch.full_like(questions[:, :1], blip.decode)
+    logits = blip.model.text_decoder(start, encoder_hidden_states=understood).logits[:, 0]
+    return (logits[:, blip.yes] - logits[:, blip.no]).sigmoid()
 
 
 @functools.cache

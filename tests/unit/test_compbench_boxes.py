@@ -154,7 +154,7 @@ def test_frame_is_479_on_the_short_side_and_at_most_480_on_the_long_one():
 def test_two_objects_of_one_class_are_two_boxes_when_corrected():
     boxes = [found("person", 300, 0, 400, 100, 0.8), found("person", 0, 0, 100, 100, 0.6)]
     asked = Relation("person", "on the left of", "person")
-    # As released both are the 0.8 box: .2 + .2, no offset, below the cut. Corrected: .2 + .15 + .5 in one of the orders.
+    # As released both are the 0.8 box: .2 + .2, no offset, below the cut. Corrected, in one order: .2 + .15 + .5.
     assert spatial_2d.judge(boxes, asked, FRAME) == Verdict(0.0, *[pytest.approx(0.85, abs=1e-12)] * 2)
     assert spatial_2d.judge(boxes[:1], asked, FRAME).graded == pytest.approx(0.2, abs=1e-12)
 

@@ -21,7 +21,7 @@ from reward_funcs._compbench_words import OBJECTS
         ("a pyramidal book stand and a cubic block", ["a pyramidal book stand", "a cubic block"]),
         ("a cubic book and a cylindrical can of soup", ["a cubic book", "a cylindrical can", "soup"]),
         ("wooden chopsticks and a glass cup", ["wooden chopsticks", "a glass cup"]),
-        ("a white bathroom with a black and white shower curtain", ["a white bathroom", "a black and white shower curtain"]),
+        ("a bathroom with a black and white shower curtain", ["a bathroom", "a black and white shower curtain"]),
         ("Kitchen with a green wall, and red tile.", ["Kitchen", "a green wall", "red tile"]),
         (
             "The fluffy pillow and glass lampshade rest on the wooden nightstand by the metallic bed.",
@@ -41,9 +41,9 @@ from reward_funcs._compbench_words import OBJECTS
         # complex
         ("The red hat was on top of the brown coat rack.", ["The red hat", "the brown coat rack"]),
         ("The black phone was resting on the brown charger.", ["The black phone", "the brown charger"]),
-        ("The sleek black cat sat next to the fluffy white pillow.", ["The sleek black cat", "the fluffy white pillow"]),
+        ("The sleek cat sat next to the fluffy white pillow.", ["The sleek cat", "the fluffy white pillow"]),
         ("The shiny silver car zoomed past the old rusty truck.", ["The shiny silver car", "the old rusty truck"]),
-        ("The delicate butterfly fluttered near the fragrant flower.", ["The delicate butterfly", "the fragrant flower"]),
+        ("The butterfly fluttered near the fragrant flower.", ["The butterfly", "the fragrant flower"]),
         (
             "The smooth, polished surface of the marble statue reflected the warm light.",
             ["The smooth, polished surface", "the marble statue", "the warm light"],
@@ -180,7 +180,7 @@ def test_spacy_gives_phrases_and_adjectives_where_it_is_asked_for(monkeypatch):
         pos_ = property(lambda self: "ADJ" if self == "red" else "NOUN")
 
     class Doc(list):
-        noun_chunks = [Word("a red car"), Word("the left"), Word("a cat")]  # noqa: RUF012
+        noun_chunks = [Word("a red car"), Word("the left"), Word("a cat")]
 
     monkeypatch.setenv("COMPBENCH_SPACY", "en_core_web_sm")
     monkeypatch.setattr(text, "load_spacy", lambda name: lambda sentence: Doc(map(Word, sentence.split())))
