@@ -81,11 +81,11 @@ class Golden:
 
 
 def default_goldens() -> list[Golden]:
-    """A red disc on grey, once with the metadata of GenEval's world and once with that of the shapes world."""
+    """A red disc on grey, once with the metadata of the shapes world and once with that of GenEval's."""
     y, x = np.mgrid[:256, :256]
     pixels = np.full((256, 256, 3), 150, np.uint8)
     pixels[np.hypot(x - 127.5, y - 127.5) < 80] = (219, 41, 41)
-    asked = [{"class": name, "count": 1, "color": "red"} for name in ("sports ball", "circle")]
+    asked = [{"class": name, "count": 1, "color": "red"} for name in ("circle", "sports ball")]
     return [
         Golden(
             Image.fromarray(pixels),
@@ -115,7 +115,7 @@ def golden_score(reward: Reward, goldens: Sequence[Golden]) -> dict[str, Any]:
         columns = {key: [value] for key, value in golden.columns.items()}
         try:
             return {"golden": call(reward, [golden.prompt], [golden.image], columns)[0], "error": None}
-        except ValueError as mistake:  # the classes of another world
+        except (ValueError, TypeError, KeyError) as mistake:  # classes of another world, columns that it lacks
             error = str(mistake)
     return {"golden": None, "error": error}
 
@@ -149,6 +149,7 @@ def score_batch(reward: Reward, batch: Batch, limits: Limits) -> list[dict[str, 
         try:
             images[index] = open_picture(item, limits)
         except Exception as error:  # a broken file makes Pillow raise SyntaxError, struct.error and more
+            logger.warning("picture %r is refused: %s", item.id, error)
             errors[index] = f"the picture is refused: {error}"
     values: dict[int, float | None] = {}
     if images:

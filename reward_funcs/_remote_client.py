@@ -164,7 +164,7 @@ class Client:
         return httpx2.AsyncClient(headers=headers, timeout=timeout, trust_env=False, follow_redirects=False)
 
     def _count_failures(self, results: Sequence[Result]) -> None:
-        """The circuit breaker: raise when too many batches in a row brought nothing; the next call begins with health."""
+        """The circuit breaker: raise when too many batches in a row brought nothing; health then closes it."""
         if any(result.error is None for result in results):
             self.failed_in_a_row = 0
             return
