@@ -1,11 +1,11 @@
 """What can go wrong with a reward server, over loopback sockets: time is bounded, and what was scored is kept."""
 
 import asyncio
+import gzip
 import json
 import os
 import pickle
 import time
-import zlib
 
 import pytest
 from loopback import Faulty, cut, response, serving
@@ -17,9 +17,9 @@ from reward_funcs.remote import Remote, RemoteRewardError
 pytest.importorskip("httpx2")
 pytest.importorskip("tenacity")
 
-DEADLINE = 2.0
-PATIENCE = {"connect_timeout": 1.0, "read_timeout": 0.5, "deadline": DEADLINE, "wait": 0.01}
-SLACK = 3.0  # seconds a busy machine may need on top; no fault below waits for less than it
+# Far more than any fault needs that is not about waiting; those set their own.
+PATIENCE = {"connect_timeout": 5.0, "read_timeout": 10.0, "deadline": 30.0, "wait": 0.01}
+SLACK = 8.0  # seconds a busy machine may need on top of what a fault waits for
 
 
 def greys(count):
@@ -33,11 +33,11 @@ def remote(url, **options):
 
 
 def ask(reward, count=4, images=None):
-    """Rewards, and how many deadlines they took."""
+    """Rewards, and the seconds they took."""
     images = greys(count) if images is None else images
     start = time.monotonic()
     rewards = asyncio.run(reward(prompts=["p"] * len(images), completions=images))
-    return rewards, (time.monotonic() - start) / DEADLINE
+    return rewards, time.monotonic() - start
 
 
 def results(body, change=lambda results: results):
@@ -58,7 +58,7 @@ def hang(faulty, connection, body):
 
 def trickle(faulty, connection, body):
     connection.sendall(response(b"", length=10**6))
-    while not faulty.released.wait(0.1):  # always sooner than read_timeout
+    while not faulty.released.wait(0.1):
         connection.sendall(b" ")
 
 
@@ -68,12 +68,13 @@ def endless(faulty, connection, body):
         connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
 
 
-def bomb(body):
-    """A gigabyte of blanks in a megabyte."""
-    packer = zlib.compressobj(9, wbits=31)
-    packed = b"".join(packer.compress(bytes(2**20)) for _ in range(64)) + packer.flush()
-    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(packed)}\r\nConnection: close\r\n\r\n"
-    return head.encode() + packed
+BOMB = gzip.compress(bytes(2**24))  # 16 MB of zeros in 16 kB
+
+
+def packed(body):
+    """An answer that nobody asked to be packed."""
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(BOMB)}\r\nConnection: close\r\n\r\n"
+    return head.encode() + BOMB
 
 
 def with_nan(results):
@@ -92,33 +93,34 @@ class Crafted:
         return os.mkdir, (Crafted.folder,)
 
 
-# name, behaviour, lost pictures of 4, requests, deadlines at most, the reason in the log
-FAULTS = [
-    ("500 with text", replying(lambda b: response(b"Traceback ...", "500 Error")), [0, 1, 2, 3], 7, 0, "HTTP 500"),
-    ("hang", hang, [0, 1, 2, 3], 1, 0.25, "no answer within 0.5 s"),
-    ("slow trickle", trickle, [0, 1, 2, 3], 1, 1, "the deadline of 2 s passed"),
-    ("truncated body", replying(lambda b: results(b)[:-9]), [0, 1, 2, 3], 7, 0, "the connection broke"),
-    ("short list", replying(lambda b: results(b, lambda r: r[:1])), [0, 1, 2, 3], 1, 0, "1 results for 4 pictures"),
-    ("NaN", replying(lambda b: results(b, with_nan)), [1], 1, 0, "gave 'nan', which is no finite number"),
-    ("wrong ids", replying(lambda b: results(b, of_others)), [0, 1, 2, 3], 1, 0, "the results are of other pictures"),
-    ("endless answer", endless, [0, 1, 2, 3], 1, 0, "longer than max_answer_bytes"),
-    ("packed answer", replying(bomb), [0, 1, 2, 3], 1, 0, "is no JSON"),
-    ("busy", replying(lambda b: response(b"come again", "503 Busy")), [0, 1, 2, 3], 3, 0, "HTTP 503: come again"),
-    ("another protocol", replying(lambda b: response(b'{"protocol": 2}')), [0, 1, 2, 3], 1, 0, "speaks protocol 2"),
-]
+ALL = [0, 1, 2, 3]
+# Behaviour, lost pictures of 4, requests, seconds waited, options that bound them, the reason in the log
+FAULTS = {
+    "500 with text": (replying(lambda b: response(b"Traceback ...", "500 Error")), ALL, 7, 0, {}, "HTTP 500: Trace"),
+    "hang": (hang, ALL, 1, 0.5, {"read_timeout": 0.5}, "no answer within 0.5 s"),
+    "slow trickle": (trickle, ALL, 1, 1.5, {"deadline": 1.5}, "the deadline of 1.5 s passed"),
+    "truncated body": (replying(lambda b: results(b)[:-9]), ALL, 7, 0, {}, "the connection broke"),
+    "short list": (replying(lambda b: results(b, lambda r: r[:1])), ALL, 1, 0, {}, "1 results for 4 pictures"),
+    "NaN": (replying(lambda b: results(b, with_nan)), [1], 1, 0, {}, "gave 'nan', which is no finite number"),
+    "out of range": (replying(results), [3], 1, 0, {"most": 2.0}, "gave 3, outside [-inf, 2]"),
+    "wrong ids": (replying(lambda b: results(b, of_others)), ALL, 1, 0, {}, "the results are of other pictures"),
+    "endless answer": (endless, ALL, 1, 0, {}, "longer than max_answer_bytes"),
+    "packed answer": (replying(packed), ALL, 1, 0, {}, "is no JSON"),
+    "busy": (replying(lambda b: response(b"come again", "503 Busy")), ALL, 3, 0, {}, "HTTP 503: come again"),
+    "another protocol": (replying(lambda b: response(b'{"protocol": 2}')), ALL, 1, 0, {}, "speaks protocol 2"),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "behave", "lost", "requests", "deadlines", "reason"), FAULTS, ids=lambda v: str(v)[:16]
-)
-def test_a_fault_costs_its_pictures_and_bounded_time(caplog, name, behave, lost, requests, deadlines, reason):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_costs_its_pictures_and_bounded_time(caplog, fault):
+    behave, lost, requests, waited, options, reason = FAULTS[fault]
     with Faulty(behave) as server:
-        rewards, took = ask(remote(server.url))
+        rewards, took = ask(remote(server.url, **options))
     assert [index for index, reward in enumerate(rewards) if reward is None] == lost
     assert all(reward == index for index, reward in enumerate(rewards) if index not in lost)
     assert len(server.requests) == requests
     assert reason in caplog.text
-    assert deadlines <= took + 0.05 and took < deadlines + SLACK / DEADLINE
+    assert waited <= took + 0.05 and took < waited + SLACK
 
 
 def test_a_server_that_went_away_is_tried_three_times(caplog):
@@ -126,7 +128,7 @@ def test_a_server_that_went_away_is_tried_three_times(caplog):
         reward = remote(server.url)
         reward.check()
     rewards, took = ask(reward)
-    assert rewards == [None] * 4 and "cannot connect" in caplog.text and took * DEADLINE < SLACK
+    assert rewards == [None] * 4 and "cannot connect" in caplog.text and took < SLACK
 
 
 def test_a_server_that_comes_back_in_time_costs_nothing():
@@ -149,7 +151,7 @@ def test_a_server_killed_midway_costs_what_it_had_not_answered():
 
     with Faulty(die) as server:
         rewards, took = ask(remote(server.url, batch_size=2))
-    assert rewards == [0, 1, None, None] and len(server.requests) == 2 and took * DEADLINE < SLACK
+    assert rewards == [0, 1, None, None] and len(server.requests) == 2 and took < SLACK
 
 
 def test_a_broken_connection_costs_nothing_if_the_next_one_holds():
@@ -210,7 +212,7 @@ def brightness_server():
 
 def test_only_the_poison_picture_of_32_is_lost(brightness_server, caplog):
     url, batches = brightness_server
-    rewards, _ = ask(remote(url, max_failed=0.1, read_timeout=5.0, deadline=20.0), count=32)
+    rewards, _ = ask(remote(url, max_failed=0.1), count=32)
     assert rewards == [None if level == 13 else level for level in range(32)]
     assert len(batches) == 1 + 2 * 5  # the whole, and two parts at each of 5 halvings
     assert "1 of 32 pictures lost: HTTP 500" in caplog.text and "ZeroDivisionError: poison" in caplog.text
@@ -219,7 +221,7 @@ def test_only_the_poison_picture_of_32_is_lost(brightness_server, caplog):
 def test_only_the_oversized_picture_is_lost(brightness_server, caplog):
     images = [Image.new("L", (4, 4), 7), Image.new("L", (40, 40)), Image.new("L", (25, 40), 9)]
     url, batches = brightness_server
-    assert ask(remote(url, read_timeout=5.0), images=images)[0] == [7, None, 9]
+    assert ask(remote(url), images=images)[0] == [7, None, 9]
     assert batches == [[7, 9]] and "it has 40 x 40 pixels, more than 1000" in caplog.text
 
 
