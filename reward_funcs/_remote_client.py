@@ -251,7 +251,9 @@ class Client:
 
     async def _check(self, http: httpx2.AsyncClient) -> None:
         server = self.server
-        if not server.legacy_pickle:  # those servers have no health
+        if server.legacy_pickle:
+            logger.warning("%s: an old server, which unpickles what anyone posts; it has no health to ask", server.url)
+        else:
             try:
                 async with asyncio.timeout(server.deadline):
                     health = _remote_wire.read_health(await self._send(http, "GET", _remote_wire.HEALTH))

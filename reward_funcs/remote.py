@@ -3,7 +3,7 @@
 In a recipe, for the reward that the server calls "geneval":
 
     reward_funcs: ["reward_funcs.remote:geneval"]
-    env: {REMOTE_REWARD_URL: "http://127.0.0.1:8000"}
+    env: {"REMOTE_REWARD_URL": "http://127.0.0.1:8000"}
 
 or `reward_funcs: ["remote"]` with REMOTE_REWARD_NAME. In Python, one object a server and reward:
 

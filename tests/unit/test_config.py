@@ -46,7 +46,7 @@ def test_every_setting_has_its_help_and_a_room():
     ours = [f for f in dataclasses.fields(GCPOConfig) if f.name not in GRPOConfig.__dataclass_fields__]
     assert len(ours) >= 12
     for setting in ours:
-        assert setting.name.split("_")[0] in {"select", "weight", "rollout", "train", "log"}
+        assert setting.name.split("_")[0] in {"select", "weight", "reward", "rollout", "train", "log"}
         assert len(setting.metadata["help"]) > 40, f"{setting.name} does not explain itself"
 
 
