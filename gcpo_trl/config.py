@@ -16,13 +16,15 @@ from .objective.weighting import FORMS
 
 ENTROPY_SOURCES = ("guided", "conditional")
 SIMILARITY_SPACES = ("aligner", "codebook")
+PARTLY_SCORED = ("skip", "partial")
 
 
 @dataclass
 class GCPOConfig(GRPOConfig):
     """Configuration of `GCPOTrainer`. Names start with the room they belong to; the defaults are the released ones.
 
-    With ``select_strategies=["everything"]`` and ``weight_form="none"`` training equals `GRPOTrainer`.
+    With ``select_strategies=["everything"]`` and ``weight_form="none"`` training equals `GRPOTrainer`; with several
+    rewards that return None, also ``reward_missing="partial"``.
     """
 
     select_strategies: list[str] = field(
@@ -86,6 +88,14 @@ class GCPOConfig(GRPOConfig):
             "that were not selected."
         },
     )
+    reward_missing: str = field(
+        default="skip",
+        metadata={
+            "help": "An image that one of several rewards could not score (None): 'skip' leaves it out, advantage "
+            "zero; 'partial' adds up the rewards it has, as GRPOTrainer does, which suits rewards that are each for "
+            "some rows of the dataset. Rewards of weight 0 do not count."
+        },
+    )
     rollout_guidance_scale: float = field(
         default=5.0,
         metadata={
@@ -145,6 +155,7 @@ class GCPOConfig(GRPOConfig):
         self._check_choice("select_entropy_from", ENTROPY_SOURCES)
         self._check_choice("select_similarity_space", SIMILARITY_SPACES)
         self._check_choice("weight_form", tuple(FORMS))
+        self._check_choice("reward_missing", PARTLY_SCORED)
         if not self.weight_clip > 0:
             raise ValueError(f"weight_clip={self.weight_clip} must be positive; the paper uses 0.5 to 1")
         if not (math.isfinite(self.rollout_guidance_scale) and self.rollout_guidance_scale >= 0):
@@ -176,7 +187,7 @@ class GCPOConfig(GRPOConfig):
             if setting.name not in GRPOConfig.__dataclass_fields__:
                 default = setting.default if setting.default_factory is MISSING else setting.default_factory()
                 setattr(config, setting.name, default)
-        config.select_strategies, config.weight_form = ["everything"], "none"
+        config.select_strategies, config.weight_form, config.reward_missing = ["everything"], "none", "partial"
         return config
 
     @property

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
+import logging
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from reward_funcs._runtime import DEVICE_VARIABLE
 
 from .plugins import resolve
 
+logger = logging.getLogger(__name__)
+
 PACKAGE = "reward_funcs"
 
 
 def load_rewards(rewards: Any, *datasets: Any) -> list[Any]:
-    """One reward or a list of them, loaded, after each has looked at each dataset. No weight is loaded for it."""
+    """One reward or a list of them, loaded, and ready side by side. No weight is loaded for it.
+
+    Each has looked at each dataset, and one with a `check()` (a reward on a server) has been asked for it.
+    """
     loaded = [load_reward(reward) for reward in (rewards if isinstance(rewards, list) else [rewards])]
     for dataset in datasets:
         ask_rewards(loaded, dataset)
-    return loaded
+    for reward in loaded:
+        if hasattr(reward, "check"):
+            reward.check()
+    return side_by_side(loaded)
 
 
 def load_reward(reward: Any) -> Any:
@@ -80,7 +92,32 @@ def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         checked = called
     functools.update_wrapper(checked, function)
     checked.__name__ = name
+    if hasattr(function, "check"):
+        checked.check = function.check  # type: ignore[attr-defined]
     return checked
+
+
+def side_by_side(rewards: Sequence[Any]) -> list[Any]:
+    """Where some rewards are asynchronous, the others are made so: TRL then waits for all of them at once.
+
+    These run one after another in one thread: two of them would compete for one GPU, and need the memory of both.
+    """
+    if not any(map(inspect.iscoroutinefunction, rewards)):
+        return list(rewards)
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    # A new thread's current GPU is the first, whatever this rank's is.
+    start = {} if device is None else {"initializer": torch.cuda.set_device, "initargs": (device,)}
+    thread = ThreadPoolExecutor(1, "reward", **start)
+    ready = [isinstance(reward, torch.nn.Module) or inspect.iscoroutinefunction(reward) for reward in rewards]
+    return [reward if done else _in_thread(reward, thread) for reward, done in zip(rewards, ready, strict=True)]
+
+
+def _in_thread(reward: Callable[..., Any], thread: ThreadPoolExecutor) -> Callable[..., Any]:
+    @functools.wraps(reward)
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(thread, functools.partial(reward, *args, **kwargs))
+
+    return awaited
 
 
 def check_rewards(name: str, rewards: Any, expected: int) -> list[float | None]:
@@ -97,3 +134,19 @@ def check_rewards(name: str, rewards: Any, expected: int) -> list[float | None]:
         if value is not None and not math.isfinite(value):
             raise ValueError(f"reward {name!r} gave {value!r} for image {index}; give a finite number, or None")
     return [None if value is None else float(value) for value in rewards]
+
+
+def without_partly_scored(rewards: Tensor, weights: Tensor) -> Tensor:
+    """The rewards ``(batch, functions)`` with NaN in every row in which a function of weight other than 0 has NaN.
+
+    TRL adds up what is there, so an image that one of several rewards failed to score would get a lower sum than its
+    group, for nothing that it did; a row of NaN gets advantage zero and stays out of the group's mean.
+    """
+    missing = rewards.isnan()
+    skipped = (missing & (weights != 0)).any(dim=1)
+    if skipped.all() and not missing.all(dim=1).all():
+        logger.warning(
+            "no image of the batch was scored by every reward, so none trains; if the rewards are for different rows "
+            "of the dataset, set reward_missing='partial'"
+        )
+    return rewards.masked_fill(skipped[:, None], math.nan)

@@ -41,7 +41,7 @@ from .objective.signals import Signals, group_similarity_from_ids
 from .objective.weighting import advantage_weight
 from .policies import adapt, family_of
 from .resume import ExactResume
-from .rewards import load_rewards, place_rewards
+from .rewards import load_rewards, place_rewards, without_partly_scored
 from .rollout import Rollout, Sampling, sample
 from .shapes.build import SHIPPED
 
@@ -246,11 +246,18 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
     # reward
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        """Rewards of pictures, not of their labels."""
+        """Rewards of pictures, not of their labels; ``(batch, functions)`` of all ranks, NaN where there is none."""
         if self._images is not None:
             completions = self._images
-        self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return self._rewards
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, missing in zip(self.reward_func_names, rewards.isnan().float().mean(dim=0).tolist(), strict=True):
+            metrics[f"gcpo/reward/{name}/missing"].append(missing)
+        if self.args.reward_missing == "skip":
+            rewards = without_partly_scored(rewards, self.reward_weights.to(rewards.device))
+        metrics["gcpo/reward/skipped"].append(rewards.isnan().all(dim=1).float().mean().item())
+        self._rewards = rewards
+        return rewards
 
     # critical tokens
 
