@@ -37,7 +37,10 @@ class GCPOConfig(GRPOConfig):
     )
     select_fraction: float = field(
         default=0.1,
-        metadata={"help": "Share of an image's tokens that each strategy keeps, in (0, 1]. Published: 0.1."},
+        metadata={
+            "help": "Share of an image's or a text's tokens that each strategy keeps, in (0, 1]; of a text at least "
+            "one token. Published: 0.1."
+        },
     )
     select_combine: str = field(
         default="disjoint",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from .image_log import ImageLog
 from .model_card import write_card
 from .modules import default_adapters, default_quantization, freeze_all_but, keep_differentiable, train_report
 from .objective.selection import critical_tokens
-from .objective.signals import Signals, group_similarity_from_ids
+from .objective.signals import Signals, SignalsOnDemand, group_similarity_from_ids
 from .objective.weighting import advantage_weight
 from .policies import adapt, family_of
 from .resume import ExactResume
@@ -207,6 +208,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             # Read here, where ZeRO-3 has gathered the weights.
             self._token_table = self.policy.token_table(self.args.select_similarity_space).detach().clone()
         tokens = self._rollout.tokens
+        self._log_mean("gcpo/entropy/all", self._rollout.entropy, torch.ones_like(tokens))
         self._log_ratio("gcpo/rollout/tokens_per_s", tokens.numel(), time.perf_counter() - start)
         labels = [f"image {index} of step {self.state.global_step}" for index in indices]
         ids = [encoded.row_ids(row) for row in range(len(prompts))]
@@ -269,7 +271,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         if self._image_log is not None and self.model.training:
             prompts = [row["prompt"] for row in inputs]
             self._image_log.show(self.state.global_step + 1, self._images, prompts, self._rewards, masks)
-        return trl_compat.with_critical_mask(self, batch, masks["critical"]) if masks else batch
+        return trl_compat.with_critical_mask(self, batch, masks["critical"], self._valid(batch)) if masks else batch
 
     def _critical(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The mask of each strategy and their union, "critical"; ``(batch, seq)`` each."""
@@ -280,21 +282,25 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             combine=self.args.select_combine,
             window=tuple(self.args.select_window),
             complement=self.args.select_complement,
+            least=0 if self.policy.generates_images else 1,
         )
         for name, mask in masks.items():
             self._log_mean(f"gcpo/select/{'fraction' if name == 'critical' else name}", mask, self._valid(batch))
         return masks
 
     def _signals(self, batch: dict[str, Any]) -> Signals:
-        valid = self._valid(batch)
-        entropy = self._rollout.entropy if self._rollout is not None else self._text_entropy(batch)
-        self._log_mean("gcpo/entropy/all", entropy, valid)
+        """What a strategy may read; entropy comes with an image, all else is computed if one does read it."""
+        valid, rollout = self._valid(batch), self._rollout
+        makers = {
+            "entropy": partial(self._text_entropy, batch, valid) if rollout is None else lambda: rollout.entropy,
+            "similarity": partial(self._similarity, batch, valid),
+        }
         seed = (self.args.seed * 1_000_003 + self._step) * self.accelerator.num_processes
         generator = torch.Generator().manual_seed(seed + self.accelerator.process_index)
-        return Signals(entropy, self._similarity(batch, valid), valid, self.policy.grid, generator)
+        return SignalsOnDemand(makers, valid, self.policy.grid, generator)
 
     def _valid(self, batch: dict[str, Any]) -> Tensor:
-        """True on tokens that the policy drew: not padding, not a tool's answer."""
+        """True on tokens that the policy drew, not padding nor a tool's answer; in the loss, on the critical ones."""
         return (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
 
     def _similarity(self, batch: dict[str, Any], valid: Tensor) -> Tensor:
@@ -323,7 +329,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             return self.policy.token_table(self.args.select_similarity_space)[tokens]
 
     @torch.no_grad()
-    def _text_entropy(self, batch: dict[str, Any]) -> Tensor:
+    def _text_entropy(self, batch: dict[str, Any], valid: Tensor) -> Tensor:
         """Entropy of each token under the policy; text is sampled by TRL, which keeps none."""
         _, entropy, _ = super()._get_per_token_logps_and_entropies(
             self.model,
@@ -334,6 +340,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             compute_entropy=True,
             **{key: batch[key] for key in trl_compat.MULTIMODAL if key in batch},
         )
+        self._log_mean("gcpo/entropy/all", entropy, valid)
         return entropy
 
     # weight and loss
@@ -343,7 +350,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         inputs = dict(inputs)  # the rollout buffer is used again when num_iterations > 1
         self._to_weight = inputs if self.args.needs_weight else None
         loss = super()._compute_loss(model, inputs)
-        if not torch.isfinite(loss):
+        if self.policy.generates_images and not torch.isfinite(loss):  # on text GRPOTrainer goes on, as with fp16
             where = first_non_finite(self._plain(self.model))
             raise FloatingPointError(f"step {self.state.global_step}: the loss is {loss.item()}; {where}")
         return loss
@@ -353,7 +360,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         inputs, self._to_weight = self._to_weight, None
         if inputs is not None:
-            valid = inputs["completion_mask"].bool()
+            valid = inputs["drawn_mask"] if "drawn_mask" in inputs else self._valid(inputs)
             weight = advantage_weight(
                 scores[0],
                 inputs["ref_per_token_logps"],

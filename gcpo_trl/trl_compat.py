@@ -121,15 +121,15 @@ def unsharded(model: torch.nn.Module) -> Iterator[None]:
         root.reset_iter_state()  # only parts of a forward ran
 
 
-def with_critical_mask(trainer: Any, batch: dict[str, Any], critical: Tensor) -> dict[str, Any]:
+def with_critical_mask(trainer: Any, batch: dict[str, Any], critical: Tensor, drawn: Tensor) -> dict[str, Any]:
     """The batch with only ``critical`` tokens in its loss: TRL multiplies ``tool_mask`` into the loss mask.
 
-    ``num_items_in_batch``, which normalises the token-level losses, is counted again over all ranks.
+    ``num_items_in_batch``, which normalises the token-level losses, is counted again over all ranks. ``drawn``, the
+    tokens of the policy's own that ``tool_mask`` told apart until now, stays in the batch for the weight.
     """
-    tool_mask = batch.get("tool_mask")
-    mask = critical.long() if tool_mask is None else critical.long() * tool_mask
-    items = trainer.accelerator.gather((batch["completion_mask"] * mask).sum()).sum()
-    return {**batch, "tool_mask": mask, "num_items_in_batch": items}
+    mask = (critical & drawn).long()
+    items = trainer.accelerator.gather(mask.sum()).sum()
+    return {**batch, "tool_mask": mask, "drawn_mask": drawn, "num_items_in_batch": items}
 
 
 def eight_of_generate(prompt_ids: list[list[int]], tokens: list[list[int]], labels: list[str]) -> tuple[Any, ...]:
