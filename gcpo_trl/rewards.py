@@ -72,7 +72,8 @@ def ask_rewards(rewards: list[Any], dataset: Any) -> None:
             ask_rewards(rewards, part)
     elif hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
         modules = [sys.modules.get(getattr(reward, "__module__", "")) for reward in rewards]
-        for check in dict.fromkeys(getattr(module, "check_rows", None) for module in modules):
+        # Not getattr: a module such as reward_funcs.remote makes up whatever it is asked for.
+        for check in dict.fromkeys(vars(module).get("check_rows") for module in modules if module is not None):
             if check is not None:
                 check(dataset)
 
