@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from . import _geneval_detector
 from ._compbench_geometry import suppress
 from ._compbench_words import SYNONYMS
-from ._runtime import batches_of_one_size, whole_weights
+from ._runtime import batches_of_one_size
+from ._weights import found, pretrained
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,8 +29,10 @@ logger = logging.getLogger(__name__)
 DETECTOR = "google/owlv2-base-patch16-ensemble"
 QUERY = "a photo of a {}"  # OWL-ViT, appendix: the prompt of its zero-shot evaluation
 SUPPRESSION = 0.5  # detectron2's default ROI_HEADS.NMS_THRESH_TEST, which UniDet keeps; OWLv2 repeats its boxes
-# OWLv2: transformers' default of post_process_object_detection. COCO: UniDet's (experts/model_bank.py).
-THRESHOLDS = {"owlv2": 0.1, "mask2former": 0.5}
+OPEN = "owlv2"
+COCO = ("mask2former", *_geneval_detector.BOX_PROCESSORS)
+# Least scores. OWLv2: transformers' default of post_process_object_detection. COCO: UniDet's (experts/model_bank.py).
+OPEN_THRESHOLD, COCO_THRESHOLD = 0.1, 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,40 +59,34 @@ def load_detector(model_id: str, threshold: float | None, device: str) -> BoxDet
     """Load once a process. threshold: least score of a box; None is the family's default."""
     from transformers import AutoConfig
 
-    try:
+    with found("the detector of boxes", model_id, DETECTOR, "COMPBENCH_DETECTOR"):
         family = AutoConfig.from_pretrained(model_id).model_type
-    except OSError as error:
-        raise FileNotFoundError(
-            f"the detector {model_id!r} is neither a local folder nor downloadable here: run "
-            f"`hf download {DETECTOR} --local-dir DIR` where there is a network and set COMPBENCH_DETECTOR=DIR"
-        ) from error
-    if family not in THRESHOLDS:
-        raise ValueError(
-            f"the detector {model_id!r} is of the family {family!r}; use one of {', '.join(THRESHOLDS)}, or pass a "
-            "BoxDetector of your own"
-        )
-    logger.info("boxes come from %s (%s) on %s", model_id, family, device)
-    least = THRESHOLDS[family] if threshold is None else threshold
-    if family == "mask2former":
-        return coco_detector(model_id, least, device)
-    return open_detector(model_id, least, device)
+        if family != OPEN and family not in COCO:
+            raise ValueError(
+                f"the detector {model_id!r} is of the family {family!r}; use one of {', '.join((OPEN, *COCO))}, "
+                "or pass a BoxDetector of your own"
+            )
+        logger.info("boxes come from %s (%s) on %s", model_id, family, device)
+        if family == OPEN:
+            return open_detector(model_id, OPEN_THRESHOLD if threshold is None else threshold, device)
+        return coco_detector(model_id, COCO_THRESHOLD if threshold is None else threshold, device)
 
 
 def coco_detector(model_id: str, threshold: float, device: str) -> BoxDetector:
-    """GenEval's detector, its masks left aside."""
+    """A detector of GenEval's, its masks left aside."""
     detector = _geneval_detector.load_detector(model_id, device)
 
     def find(images: Sequence[Image], nouns: Sequence[Sequence[str]]) -> list[list[dict[str, Any]]]:
-        found: list[list[dict[str, Any]]] = [[] for _ in images]
+        boxes: list[list[dict[str, Any]]] = [[] for _ in images]
         for batch in batches_of_one_size(images, 8):
             instances = _geneval_detector.detect(detector, [images[i] for i in batch], threshold)
             for index, objects in zip(batch, instances, strict=True):
-                found[index] = [
+                boxes[index] = [
                     {"class": thing.name, "box": thing.box, "score": thing.score}
                     for thing in objects
                     if thing.name in nouns[index]
                 ]
-        return found
+        return boxes
 
     return BoxDetector(model_id, frozenset(_geneval_detector.CLASSES), find)
 
@@ -99,22 +96,20 @@ def open_detector(model_id: str, threshold: float, device: str, batch_size: int 
     import torch
     from transformers import AutoTokenizer, Owlv2ForObjectDetection, Owlv2ImageProcessorPil
 
-    with whole_weights():
-        model: Any = Owlv2ForObjectDetection.from_pretrained(model_id, dtype=torch.float32)
-    model = model.to(device).eval()
+    model = pretrained(Owlv2ForObjectDetection, model_id).to(device)
     processor = Owlv2ImageProcessorPil.from_pretrained(model_id)
     tokenizer = AutoTokenizer.from_pretrained(model_id)
     length = model.config.text_config.max_position_embeddings
 
     def find(images: Sequence[Image], nouns: Sequence[Sequence[str]]) -> list[list[dict[str, Any]]]:
-        found: list[list[dict[str, Any]]] = []
+        answers: list[list[dict[str, Any]]] = []
         for start in range(0, len(images), batch_size):
             some, asked = images[start : start + batch_size], nouns[start : start + batch_size]
             # All nouns of the batch are queried at once; each image then reads its own columns, so that no other
             # image's noun can take a box from it.
             queries = sorted({noun for each in asked for noun in each})
             if not queries:
-                found += [[] for _ in some]
+                answers += [[] for _ in some]
                 continue
             texts = [QUERY.format(noun) for noun in queries] * len(some)
             tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
@@ -128,8 +123,8 @@ def open_detector(model_id: str, threshold: float, device: str, batch_size: int 
             for image, wanted, logits, boxes in zip(some, asked, outputs.logits, outputs.pred_boxes, strict=True):
                 columns = [queries.index(noun) for noun in wanted]
                 # Pictures are padded to a square, at the right and below, so boxes are shares of the long side.
-                found.append(named_boxes(logits[:, columns], boxes * max(image.size), wanted, threshold))
-        return found
+                answers.append(named_boxes(logits[:, columns], boxes * max(image.size), wanted, threshold))
+        return answers
 
     return BoxDetector(model_id, None, find)
 
@@ -139,9 +134,9 @@ def named_boxes(logits: Tensor, boxes: Tensor, nouns: Sequence[str], threshold: 
     if not nouns:
         return []
     scores, columns = logits.float().sigmoid().max(dim=1)
-    found = []
+    named = []
     for score, column, (x, y, width, height) in zip(scores.tolist(), columns.tolist(), boxes.tolist(), strict=True):
         if score > threshold:
             box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-            found.append({"class": nouns[column], "box": box, "score": score})
-    return [dict(kept) for kept in suppress(found, SUPPRESSION)]
+            named.append({"class": nouns[column], "box": box, "score": score})
+    return [dict(kept) for kept in suppress(named, SUPPRESSION)]

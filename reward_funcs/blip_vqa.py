@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ._compbench_text import read_prompt
-from ._runtime import check_images, prompt_text, reward_device, whole_weights
+from ._runtime import check_images, prompt_text, reward_device
+from ._weights import found, pretrained
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -140,19 +141,12 @@ def answer(blip: Blip, questions: Tensor, seen: Tensor) -> Tensor:
 @functools.cache
 def load_blip(model_id: str, image_size: int, device: str) -> Blip:
     """Load once a process."""
-    import torch
     from transformers import AutoTokenizer, BlipForQuestionAnswering, BlipImageProcessorPil
 
     logger.info("BLIP-VQA: loading %s on %s", model_id, device)
-    try:
-        with whole_weights():
-            model: Any = BlipForQuestionAnswering.from_pretrained(model_id, dtype=torch.float32)
+    with found("the BLIP-VQA model", model_id, MODEL, "BLIP_VQA_MODEL"):
+        model = pretrained(BlipForQuestionAnswering, model_id).to(device)
         tokenizer = AutoTokenizer.from_pretrained(model_id)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"the BLIP-VQA model {model_id!r} is neither a local folder nor downloadable here: run "
-            f"`hf download {MODEL} --local-dir DIR` where there is a network and set BLIP_VQA_MODEL=DIR"
-        ) from error
     decode = model.config.text_config.bos_token_id
     # BLIP adds [DEC] and [ENC] behind BERT's vocabulary, in this order (models/blip.py, init_tokenizer); the tokenizer
     # files on the hub name neither.
@@ -163,4 +157,4 @@ def load_blip(model_id: str, image_size: int, device: str) -> Blip:
         raise ValueError(f"{model_id!r} is no BLIP-VQA model: its vocabulary lacks [ENC], 'yes' or 'no'; use {MODEL}")
     # Own settings: the checkpoint's file asks for 384 x 384.
     processor = BlipImageProcessorPil(size={"height": image_size, "width": image_size})
-    return Blip(model.to(device).eval(), processor, tokenizer, encode, decode, yes, no)
+    return Blip(model, processor, tokenizer, encode, decode, yes, no)

@@ -12,21 +12,18 @@ results under `label()`. The benchmark draws 10 pictures a prompt.
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from . import blip_vqa, spatial_2d
+from . import _clip, blip_vqa, spatial_2d
 from ._compbench_text import read_prompt
-from ._runtime import check_images, prompt_text, reward_device, whole_weights
+from ._runtime import check_images, prompt_text, reward_device, rewards_of
+from ._weights import found
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-logger = logging.getLogger(__name__)
 
 CLIP = "openai/clip-vit-base-patch32"
 PARTS = {  # kind of prompt -> the parts whose mean is the score
@@ -91,42 +88,11 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def similarities(models: Models, images: Sequence[Image | None], texts: Sequence[str]) -> list[float | None]:
     """Cosine of each image with its text under CLIP, None for None. Gradient: none."""
-    import torch
 
-    cosines: list[float | None] = [None] * len(images)
-    scored = {index: image for index, image in enumerate(images) if image is not None}
-    indices = list(scored)
-    for start in range(0, len(indices), models.batch_size):
-        batch = indices[start : start + models.batch_size]
-        device = reward_device(models.device)
-        model, processor, tokenizer = load_clip(models.clip, device)
-        pixels = processor([scored[index].convert("RGB") for index in batch], return_tensors="pt")
-        tokens = tokenizer([texts[index] for index in batch], padding=True, truncation=True, return_tensors="pt")
-        with torch.inference_mode():
-            seen = model.get_image_features(pixels.pixel_values.to(device)).pooler_output
-            read = model.get_text_features(**tokens.to(device)).pooler_output
-        for index, cosine in zip(batch, torch.cosine_similarity(seen, read, dim=-1).tolist(), strict=True):
-            cosines[index] = cosine
-    return cosines
+    def cosines(pictures: list[Image], captions: list[str]) -> list[float]:
+        with found("the CLIP of 3-in-1", models.clip, CLIP, "COMPBENCH_CLIP"):
+            model = _clip.load_model(models.clip, reward_device(models.device))
+            tokenizer = _clip.load_tokenizer(models.clip)
+        return _clip.cosines(model, tokenizer, pictures, captions, models.batch_size)
 
-
-@functools.cache
-def load_clip(model_id: str, device: str) -> tuple[Any, Any, Any]:
-    """Model, image processor and tokenizer, loaded once a process."""
-    import torch
-    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
-    logger.info("3-in-1: loading %s on %s", model_id, device)
-    try:
-        with whole_weights():
-            model: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32)
-        tokenizer = CLIPTokenizer.from_pretrained(model_id)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"the CLIP {model_id!r} is neither a local folder nor downloadable here: run `hf download {CLIP} "
-            "--local-dir DIR` where there is a network and set COMPBENCH_CLIP=DIR"
-        ) from error
-    tokenizer.model_max_length = model.config.text_config.max_position_embeddings
-    side = model.config.vision_config.image_size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    return model.to(device).eval(), processor, tokenizer
+    return rewards_of("compbench_3in1", texts, images, cosines)

@@ -35,7 +35,7 @@ VALUES = ("published", "corrected", "graded")
 
 @dataclass(frozen=True)
 class Models:
-    """What finds the objects: a hub id or folder (OWLv2, Mask2Former on COCO), or a BoxDetector.
+    """What finds the objects: a hub id or folder (OWLv2, or GenEval's), or a BoxDetector.
 
     Unset, the environment decides. threshold: least score of a box; None is the family's default.
     """

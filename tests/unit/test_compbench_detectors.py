@@ -11,6 +11,10 @@ from transformers import (
     Owlv2Config,
     Owlv2ForObjectDetection,
     Owlv2ImageProcessorPil,
+    RTDetrImageProcessorPil,
+    RTDetrResNetConfig,
+    RTDetrV2Config,
+    RTDetrV2ForObjectDetection,
     SwinConfig,
 )
 
@@ -141,6 +145,35 @@ def test_coco_detector_gives_only_the_nouns_asked(cat_folder):
     assert detector.find([image, image], [["dog"], ["cat"]])[1] == expected
 
 
+def test_a_coco_detector_without_masks(tmp_path):
+    torch.manual_seed(0)
+    stages = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "layer_type": "basic"}
+    widths = {"d_model": 16, "encoder_hidden_dim": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 1, "decoder_layers": 2}
+    config = RTDetrV2Config(
+        backbone_config=RTDetrResNetConfig(**stages, out_features=["stage2", "stage3", "stage4"]),
+        encoder_in_channels=[8, 16, 16],
+        decoder_in_channels=[16, 16, 16],
+        num_labels=80,
+        num_queries=5,
+        num_denoising=0,
+        **widths,
+        **heads,
+    )
+    model = RTDetrV2ForObjectDetection(config)
+    cat = _geneval_detector.CLASSES.index("cat")
+    for head in model.model.decoder.class_embed:  # every query sees a cat with a probability of 2 / (2 + 1)
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.constant_(head.bias, -20.0)
+        torch.nn.init.constant_(head.bias[cat : cat + 1], float(np.log(2)))
+    model.save_pretrained(tmp_path)
+    RTDetrImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    (found,) = detectors.load_detector(str(tmp_path), None, "cpu").find(pictures((48, 32)), [["cat", "dog"]])
+    assert [(box["class"], box["score"]) for box in found] == [("cat", pytest.approx(2 / 3, abs=1e-5))] * 5
+    assert all(0 <= box["box"][0] <= box["box"][2] <= 48 for box in found)
+    assert detectors.load_detector(str(tmp_path), 0.7, "cpu").find(pictures((48, 32)), [["cat"]]) == [[]]
+
+
 def test_rewards_run_on_both_families(owl_folder, cat_folder):
     images = pictures((48, 48), (48, 48))
     prompts = ["a cat on the left of a bee", "two cats near a dog"]
@@ -173,7 +206,9 @@ def test_a_detector_that_is_absent_or_of_another_family_says_what_to_do(tmp_path
     ):
         detectors.load_detector(str(tmp_path / "absent"), None, "cpu")
     SwinConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"of the family 'swin'; use one of owlv2, mask2former, or pass a BoxDetector"):
+    with pytest.raises(
+        ValueError, match=r"of the family 'swin'; use one of owlv2, mask2former, rt_detr, .*or pass a BoxDetector"
+    ):
         detectors.load_detector(str(tmp_path), None, "cpu")
 
 
