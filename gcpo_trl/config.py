@@ -10,20 +10,22 @@ from dataclasses import MISSING, dataclass, field, fields
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from .checks import check_count
+from .checks import check_count, check_device
 from .objective.selection import COMBINE, load
 from .objective.weighting import FORMS
 from .rollout import BACKENDS
 
 ENTROPY_SOURCES = ("guided", "conditional")
 SIMILARITY_SPACES = ("aligner", "codebook")
+PARTLY_SCORED = ("skip", "partial")
 
 
 @dataclass
 class GCPOConfig(GRPOConfig):
     """Configuration of `GCPOTrainer`. Names start with the room they belong to; the defaults are the released ones.
 
-    With ``select_strategies=["everything"]`` and ``weight_form="none"`` training equals `GRPOTrainer`.
+    With ``select_strategies=["everything"]`` and ``weight_form="none"`` training equals `GRPOTrainer`; with several
+    rewards that return None, also ``reward_missing="partial"``.
     """
 
     select_strategies: list[str] = field(
@@ -36,7 +38,10 @@ class GCPOConfig(GRPOConfig):
     )
     select_fraction: float = field(
         default=0.1,
-        metadata={"help": "Share of an image's tokens that each strategy keeps, in (0, 1]. Published: 0.1."},
+        metadata={
+            "help": "Share of an image's or a text's tokens that each strategy keeps, in (0, 1]; of a text at least "
+            "one token. Published: 0.1."
+        },
     )
     select_combine: str = field(
         default="disjoint",
@@ -87,6 +92,14 @@ class GCPOConfig(GRPOConfig):
             "that were not selected."
         },
     )
+    reward_missing: str = field(
+        default="skip",
+        metadata={
+            "help": "An image that one of several rewards could not score (None): 'skip' leaves it out, advantage "
+            "zero; 'partial' adds up the rewards it has, as GRPOTrainer does, which suits rewards that are each for "
+            "some rows of the dataset. Rewards of weight 0 do not count."
+        },
+    )
     rollout_guidance_scale: float = field(
         default=5.0,
         metadata={
@@ -114,6 +127,14 @@ class GCPOConfig(GRPOConfig):
             "help": "Parts of an image model that train: language_model, generation_head, generation_aligner, "
             "generation_embeddings. Default (published): language_model. With LoRA, the linear layers of these parts "
             "are adapted unless target_modules says otherwise. Text models train as in GRPOTrainer."
+        },
+    )
+    reward_device: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the models of reward_funcs live: 'auto' is GCPO_REWARD_DEVICE where it is set, else each "
+            "rank's GPU, else the CPU; 'cpu' or 'cuda:1' take those of all ranks away from training. They stay where "
+            "they first load. A reward that is a torch.nn.Module is placed by TRL."
         },
     )
     log_images: int = field(
@@ -147,6 +168,7 @@ class GCPOConfig(GRPOConfig):
         self._check_choice("select_similarity_space", SIMILARITY_SPACES)
         self._check_choice("weight_form", tuple(FORMS))
         self._check_choice("rollout_backend", BACKENDS)
+        self._check_choice("reward_missing", PARTLY_SCORED)
         if not self.weight_clip > 0:
             raise ValueError(f"weight_clip={self.weight_clip} must be positive; the paper uses 0.5 to 1")
         if not (math.isfinite(self.rollout_guidance_scale) and self.rollout_guidance_scale >= 0):
@@ -158,6 +180,7 @@ class GCPOConfig(GRPOConfig):
             raise ValueError("rollout_backend='graph' needs a CUDA device and use_cpu=True; set it to 'auto'")
         if self.rollout_batch_size < 0:
             raise ValueError(f"rollout_batch_size={self.rollout_batch_size} must be >= 0; 0 samples all at once")
+        check_device("reward_device", self.reward_device)
         check_count(
             "log_images", self.log_images, least=0, hint="write the steps between grids, such as 50, or 0 for none"
         )
@@ -179,7 +202,7 @@ class GCPOConfig(GRPOConfig):
             if setting.name not in GRPOConfig.__dataclass_fields__:
                 default = setting.default if setting.default_factory is MISSING else setting.default_factory()
                 setattr(config, setting.name, default)
-        config.select_strategies, config.weight_form = ["everything"], "none"
+        config.select_strategies, config.weight_form, config.reward_missing = ["everything"], "none", "partial"
         return config
 
     @property

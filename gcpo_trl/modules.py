@@ -8,7 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from .policies import lora_targets
+from .policies import lora_targets, unquantised
+
+QUANTISATION = "quantization_config"
+SKIPPED = "llm_int8_skip_modules"  # of a BitsAndBytesConfig, whose 4 bit layers it spares too
+CPU_PACKING = "support_avx512bf16_for_cpu"  # of a bitsandbytes Linear4bit
 
 
 def freeze_all_but(model: nn.Module, policy: Any, names: list[str] | None) -> None:
@@ -52,6 +56,34 @@ def default_adapters(peft_config: Any, model: Any, config: Any, args: Any) -> An
     return peft_config
 
 
+def default_quantization(quantization_config: Any, config: Any, args: Any) -> Any:
+    """The quantisation of an image policy, None without; unless told otherwise its language model alone is quantised.
+
+    As in TRL it may lie in ``args.model_init_kwargs`` instead, from where it is taken; a recipe writes a mapping there.
+    """
+    if quantization_config is None and QUANTISATION in (args.model_init_kwargs or {}):
+        args.model_init_kwargs = dict(args.model_init_kwargs)
+        quantization_config = args.model_init_kwargs.pop(QUANTISATION)
+    if isinstance(quantization_config, dict):
+        by_bitsandbytes = quantization_config.get("load_in_4bit") or quantization_config.get("load_in_8bit")
+        return {SKIPPED: unquantised(config)} | quantization_config if by_bitsandbytes else quantization_config
+    if getattr(quantization_config, SKIPPED, ()) is None:
+        quantization_config = copy.copy(quantization_config)
+        setattr(quantization_config, SKIPPED, unquantised(config))
+    return quantization_config
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Let 4 bit layers pass gradients also after the model has drawn on a CPU.
+
+    Evaluated on a CPU with AVX512-BF16, a layer of bitsandbytes 0.50 packs its weight for inference; from then on its
+    product has no backward, so the layers before it would learn from the adapters' own branch alone.
+    """
+    for module in model.modules():
+        if hasattr(module, CPU_PACKING):
+            setattr(module, CPU_PACKING, False)
+
+
 def train_report(model: nn.Module) -> str:
     """One line: trained and frozen parameters by module, so that a run's log says what it trained."""
     counts: dict[str, list[int]] = {}
@@ -59,6 +91,8 @@ def train_report(model: nn.Module) -> str:
         part = ".".join(p for p in name.split(".")[:4] if p not in ("model", "base_model"))
         part = part.split(".")[0]
         numel = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves the parameter itself empty
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            numel = state.shape.numel()  # bitsandbytes keeps two weights in a byte
         counts.setdefault(part, [0, 0])[parameter.requires_grad] += numel
     trained = sum(c[1] for c in counts.values())
     total = sum(sum(c) for c in counts.values())

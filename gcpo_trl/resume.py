@@ -1,4 +1,4 @@
-"""What TRL leaves out of a checkpoint: where the run stands in its rollout buffer, and which checkpoints are whole.
+"""What TRL leaves out of a checkpoint: the rollout buffer, a reference that moves, and which checkpoints are whole.
 
 TRL draws images once for ``steps_per_generation * num_iterations`` batches and keeps them in memory. Without them a
 run that continues in between would draw other images for the rest of the buffer. Each rank saves its own share, tensors
@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"  # transformers writes it last
+REFERENCE_FILE = "reference.safetensors"  # of a run with sync_ref_model
 
 
 def save_buffer(folder: Path, rank: int, world: int, step: int, buffer: list[dict[str, Any]]) -> None:
@@ -81,6 +82,25 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
+def check_reference(reference: torch.nn.Module, args: Any, checkpoint: Any) -> None:
+    """Raise ValueError where ``sync_ref_model`` moves a reference that checkpoints could not keep, or did not.
+
+    Under ZeRO-3 and FSDP a process holds parts of it only.
+    """
+    sharded = any(hasattr(one, "ds_tensor") or hasattr(one, "to_local") for one in reference.parameters())
+    if sharded and args.save_strategy != "no" and not args.save_only_model:
+        raise ValueError(
+            "sync_ref_model=True moves a reference that is sharded, which checkpoints do not keep, so no run could go "
+            "on from one; train with ddp or zero2, or set sync_ref_model=False, save_only_model=True or "
+            "save_strategy='no'"
+        )
+    if checkpoint and not (Path(checkpoint) / REFERENCE_FILE).is_file():
+        raise ValueError(
+            f"{checkpoint} has no {REFERENCE_FILE}, so the reference that sync_ref_model=True moves is lost; set it to "
+            "False to go on with the one that the run started from, or start anew"
+        )
+
+
 class EpochOrder(Sampler[int]):
     """TRL's `RepeatSampler`, in an order that the epoch decides alone.
 
@@ -104,7 +124,7 @@ class EpochOrder(Sampler[int]):
 
 
 class ExactResume:
-    """For a `GRPOTrainer`: checkpoints keep the rollout buffer, and only whole ones are gone on from.
+    """For a `GRPOTrainer`: checkpoints keep buffer and moving reference, and only whole ones are gone on from.
 
     Overrides what transformers calls while it saves and loads; the state of the random numbers is saved on every rank.
     """
@@ -113,6 +133,8 @@ class ExactResume:
     accelerator: Any
     state: Any
     num_iterations: int
+    model: Any
+    ref_model: Any
     _step: int
     _buffered_inputs: list[dict[str, Any]] | None
     _saved: frozenset[Path] | set[Path] = frozenset()
@@ -135,6 +157,8 @@ class ExactResume:
             chosen = gather_object([str(resume_from_checkpoint or "the start")])
             if len(set(chosen)) > 1:
                 raise ValueError(f"the processes would go on from {chosen}; use a disk that all machines share")
+        if self.args.sync_ref_model:
+            check_reference(self.ref_model, self.args, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)  # type: ignore[misc]
 
     def _get_train_sampler(self, dataset: Any = None) -> EpochOrder:
@@ -160,7 +184,17 @@ class ExactResume:
         used = self._step % (self.args.steps_per_generation * self.num_iterations)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         save_buffer(Path(output_dir), rank, world, self._step, self._buffered_inputs or [] if used else [])
+        if self.args.sync_ref_model and self.args.should_save:
+            save_model(self.accelerator.unwrap_model(self.ref_model), str(Path(output_dir) / REFERENCE_FILE))
         self.accelerator.wait_for_everyone()  # rank 0 now writes the file that calls the checkpoint whole
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """PEFT loads every adapter in fp32, also where TRL had it in bf16, as it has those of a quantised model."""
+        before = {name: one.dtype for name, one in self.model.named_parameters() if one.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        for name, parameter in self.model.named_parameters():
+            if before.get(name, parameter.dtype) != parameter.dtype:
+                parameter.data = parameter.data.to(before[name])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Also called where a run goes on, after the optimizer is loaded and before the first batch."""
@@ -168,6 +202,8 @@ class ExactResume:
         if checkpoint is None:
             return
         accelerator = self.accelerator
+        if self.args.sync_ref_model:
+            load_model(accelerator.unwrap_model(self.ref_model), Path(checkpoint) / REFERENCE_FILE)
         self._step, self._buffered_inputs = self.state.global_step * self.args.gradient_accumulation_steps, None
         kept = load_buffer(Path(checkpoint), accelerator.process_index, accelerator.num_processes, accelerator.device)
         if kept is not None:

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
+import logging
 import math
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from reward_funcs._runtime import DEVICE_VARIABLE
 
 from .plugins import resolve
 
+logger = logging.getLogger(__name__)
+
 PACKAGE = "reward_funcs"
+
+
+def load_rewards(rewards: Any, *datasets: Any) -> list[Any]:
+    """One reward or a list of them, loaded, and ready side by side. No weight is loaded for it.
+
+    Each has looked at each dataset, and one with a `check()` (a reward on a server) has been asked for it.
+    """
+    loaded = [load_reward(reward) for reward in (rewards if isinstance(rewards, list) else [rewards])]
+    for dataset in datasets:
+        ask_rewards(loaded, dataset)
+    for reward in loaded:
+        if hasattr(reward, "check"):
+            reward.check()
+    return side_by_side(loaded)
 
 
 def load_reward(reward: Any) -> Any:
@@ -32,6 +56,28 @@ def load_reward(reward: Any) -> Any:
     return _checked(function, name)
 
 
+def place_rewards(device: str) -> None:
+    """Where the rewards of reward_funcs, which import nothing of ours, load their models; "auto" leaves it to them."""
+    if device != "auto":
+        os.environ[DEVICE_VARIABLE] = device
+
+
+def ask_rewards(rewards: list[Any], dataset: Any) -> None:
+    """Let each reward look at the dataset, if its module has a function `check_rows`.
+
+    That function takes the dataset, reads columns by name and raises what is wrong. A stream is not read for it.
+    """
+    if isinstance(dataset, dict):  # several evaluation sets by name
+        for part in dataset.values():
+            ask_rewards(rewards, part)
+    elif hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
+        modules = [sys.modules.get(getattr(reward, "__module__", "")) for reward in rewards]
+        # Not getattr: a module such as reward_funcs.remote makes up whatever it is asked for.
+        for check in dict.fromkeys(vars(module).get("check_rows") for module in modules if module is not None):
+            if check is not None:
+                check(dataset)
+
+
 def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
 
@@ -47,7 +93,32 @@ def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         checked = called
     functools.update_wrapper(checked, function)
     checked.__name__ = name
+    if hasattr(function, "check"):
+        checked.check = function.check  # type: ignore[attr-defined]
     return checked
+
+
+def side_by_side(rewards: Sequence[Any]) -> list[Any]:
+    """Where some rewards are asynchronous, the others are made so: TRL then waits for all of them at once.
+
+    These run one after another in one thread: two of them would compete for one GPU, and need the memory of both.
+    """
+    if not any(map(inspect.iscoroutinefunction, rewards)):
+        return list(rewards)
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    # A new thread's current GPU is the first, whatever this rank's is.
+    start = {} if device is None else {"initializer": torch.cuda.set_device, "initargs": (device,)}
+    thread = ThreadPoolExecutor(1, "reward", **start)
+    ready = [isinstance(reward, torch.nn.Module) or inspect.iscoroutinefunction(reward) for reward in rewards]
+    return [reward if done else _in_thread(reward, thread) for reward, done in zip(rewards, ready, strict=True)]
+
+
+def _in_thread(reward: Callable[..., Any], thread: ThreadPoolExecutor) -> Callable[..., Any]:
+    @functools.wraps(reward)
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(thread, functools.partial(reward, *args, **kwargs))
+
+    return awaited
 
 
 def check_rewards(name: str, rewards: Any, expected: int) -> list[float | None]:
@@ -64,3 +135,19 @@ def check_rewards(name: str, rewards: Any, expected: int) -> list[float | None]:
         if value is not None and not math.isfinite(value):
             raise ValueError(f"reward {name!r} gave {value!r} for image {index}; give a finite number, or None")
     return [None if value is None else float(value) for value in rewards]
+
+
+def without_partly_scored(rewards: Tensor, weights: Tensor) -> Tensor:
+    """The rewards ``(batch, functions)`` with NaN in every row in which a function of weight other than 0 has NaN.
+
+    TRL adds up what is there, so an image that one of several rewards failed to score would get a lower sum than its
+    group, for nothing that it did; a row of NaN gets advantage zero and stays out of the group's mean.
+    """
+    missing = rewards.isnan()
+    skipped = (missing & (weights != 0)).any(dim=1)
+    if skipped.all() and not missing.all(dim=1).all():
+        logger.warning(
+            "no image of the batch was scored by every reward, so none trains; if the rewards are for different rows "
+            "of the dataset, set reward_missing='partial'"
+        )
+    return rewards.masked_fill(skipped[:, None], math.nan)

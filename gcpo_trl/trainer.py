@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .checks import (
     check_engine,
     check_image_settings,
     check_processor,
+    check_quantization,
     check_text_only,
     check_text_settings,
     engine_report,
@@ -34,13 +36,13 @@ from .config import GCPOConfig
 from .held_out import HeldOutCallback
 from .image_log import ImageLog
 from .model_card import write_card
-from .modules import default_adapters, freeze_all_but, train_report
+from .modules import default_adapters, default_quantization, freeze_all_but, keep_differentiable, train_report
 from .objective.selection import critical_tokens
-from .objective.signals import Signals, group_similarity_from_ids
+from .objective.signals import Signals, SignalsOnDemand, group_similarity_from_ids
 from .objective.weighting import advantage_weight
 from .policies import adapt, family_of
 from .resume import ExactResume
-from .rewards import load_reward
+from .rewards import load_rewards, place_rewards, without_partly_scored
 from .rollout import Rollout, Sampling, sample
 from .shapes.build import SHIPPED
 
@@ -95,13 +97,10 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             model = SHIPPED.get(model, model)
         config = load_config(model, args)
         draws_images = family_of(config) != "text"
-        if args is None:
-            name = getattr(config, "_name_or_path", "").rstrip("/").split("/")[-1] or config.model_type
-            args = GCPOConfig(f"{name}-GCPO")
-        elif not isinstance(args, GCPOConfig):
-            logger.warning("args is a %s: training is plain GRPO; pass a GCPOConfig", type(args).__name__)
-            args = GCPOConfig.plain(args)
+        args = self._settings(args, config)
         check_engine(args.distributed_state)
+        place_rewards(args.reward_device)
+        check_quantization(model, quantization_config, peft_config, args)
         if draws_images:
             args.max_completion_length = check_image_settings(args, config)  # dr_grpo divides by it
             check_text_only(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
@@ -109,8 +108,8 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             check_dataset(train_dataset)
             check_dataset(eval_dataset)
             peft_config = default_adapters(peft_config, model, config, args)
-            reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            reward_funcs = [load_reward(reward) for reward in reward_funcs]
+            quantization_config = default_quantization(quantization_config, config, args)
+            reward_funcs = load_rewards(reward_funcs, train_dataset, eval_dataset)
         else:
             check_text_settings(args, config)
         with trl_compat.reference_built(args, model, needed=args.needs_weight):
@@ -131,9 +130,21 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
                 environment_factory=environment_factory,
             )
         self.beta = args.beta
+        keep_differentiable(self.model)
         self.policy = adapt(self._plain(self.model), self.processing_class)
         if draws_images:
             self._prepare_image_policy()
+
+    @staticmethod
+    def _settings(args: Any, config: Any) -> GCPOConfig:
+        """``args`` as a GCPOConfig: the defaults for None, plain GRPO for a GRPOConfig."""
+        if args is None:
+            name = getattr(config, "_name_or_path", "").rstrip("/").split("/")[-1] or config.model_type
+            return GCPOConfig(f"{name}-GCPO")
+        if not isinstance(args, GCPOConfig):
+            logger.warning("args is a %s: training is plain GRPO; pass a GCPOConfig", type(args).__name__)
+            return GCPOConfig.plain(args)
+        return args
 
     def _prepare_image_policy(self) -> None:
         """Freeze what does not train, and score with the image head on policy and reference."""
@@ -172,6 +183,16 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             adapter = plain is not self.accelerator.unwrap_model(self.model)
             write_card(Path(self.args.output_dir), self.args, self.state.log_history, base, adapter, about)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """GRPOTrainer's push, without its pickle."""
+        with trl_compat.arguments_stay_here():
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """GRPOTrainer's push of a checkpoint, without its pickle."""
+        with trl_compat.arguments_stay_here():
+            super()._push_from_checkpoint(checkpoint_folder)
+
     # rollout
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
@@ -187,6 +208,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             # Read here, where ZeRO-3 has gathered the weights.
             self._token_table = self.policy.token_table(self.args.select_similarity_space).detach().clone()
         tokens = self._rollout.tokens
+        self._log_mean("gcpo/entropy/all", self._rollout.entropy, torch.ones_like(tokens))
         self._log_ratio("gcpo/rollout/tokens_per_s", tokens.numel(), time.perf_counter() - start)
         labels = [f"image {index} of step {self.state.global_step}" for index in indices]
         ids = [encoded.row_ids(row) for row in range(len(prompts))]
@@ -228,11 +250,18 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
     # reward
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        """Rewards of pictures, not of their labels."""
+        """Rewards of pictures, not of their labels; ``(batch, functions)`` of all ranks, NaN where there is none."""
         if self._images is not None:
             completions = self._images
-        self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return self._rewards
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, missing in zip(self.reward_func_names, rewards.isnan().float().mean(dim=0).tolist(), strict=True):
+            metrics[f"gcpo/reward/{name}/missing"].append(missing)
+        if self.args.reward_missing == "skip":
+            rewards = without_partly_scored(rewards, self.reward_weights.to(rewards.device))
+        metrics["gcpo/reward/skipped"].append(rewards.isnan().all(dim=1).float().mean().item())
+        self._rewards = rewards
+        return rewards
 
     # critical tokens
 
@@ -244,7 +273,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         if self._image_log is not None and self.model.training:
             prompts = [row["prompt"] for row in inputs]
             self._image_log.show(self.state.global_step + 1, self._images, prompts, self._rewards, masks)
-        return trl_compat.with_critical_mask(self, batch, masks["critical"]) if masks else batch
+        return trl_compat.with_critical_mask(self, batch, masks["critical"], self._valid(batch)) if masks else batch
 
     def _critical(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The mask of each strategy and their union, "critical"; ``(batch, seq)`` each."""
@@ -255,21 +284,25 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             combine=self.args.select_combine,
             window=tuple(self.args.select_window),
             complement=self.args.select_complement,
+            least=0 if self.policy.generates_images else 1,
         )
         for name, mask in masks.items():
             self._log_mean(f"gcpo/select/{'fraction' if name == 'critical' else name}", mask, self._valid(batch))
         return masks
 
     def _signals(self, batch: dict[str, Any]) -> Signals:
-        valid = self._valid(batch)
-        entropy = self._rollout.entropy if self._rollout is not None else self._text_entropy(batch)
-        self._log_mean("gcpo/entropy/all", entropy, valid)
+        """What a strategy may read; entropy comes with an image, all else is computed if one does read it."""
+        valid, rollout = self._valid(batch), self._rollout
+        makers = {
+            "entropy": partial(self._text_entropy, batch, valid) if rollout is None else lambda: rollout.entropy,
+            "similarity": partial(self._similarity, batch, valid),
+        }
         seed = (self.args.seed * 1_000_003 + self._step) * self.accelerator.num_processes
         generator = torch.Generator().manual_seed(seed + self.accelerator.process_index)
-        return Signals(entropy, self._similarity(batch, valid), valid, self.policy.grid, generator)
+        return SignalsOnDemand(makers, valid, self.policy.grid, generator)
 
     def _valid(self, batch: dict[str, Any]) -> Tensor:
-        """True on tokens that the policy drew: not padding, not a tool's answer."""
+        """True on tokens that the policy drew, not padding nor a tool's answer; in the loss, on the critical ones."""
         return (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
 
     def _similarity(self, batch: dict[str, Any], valid: Tensor) -> Tensor:
@@ -298,7 +331,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             return self.policy.token_table(self.args.select_similarity_space)[tokens]
 
     @torch.no_grad()
-    def _text_entropy(self, batch: dict[str, Any]) -> Tensor:
+    def _text_entropy(self, batch: dict[str, Any], valid: Tensor) -> Tensor:
         """Entropy of each token under the policy; text is sampled by TRL, which keeps none."""
         _, entropy, _ = super()._get_per_token_logps_and_entropies(
             self.model,
@@ -309,6 +342,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             compute_entropy=True,
             **{key: batch[key] for key in trl_compat.MULTIMODAL if key in batch},
         )
+        self._log_mean("gcpo/entropy/all", entropy, valid)
         return entropy
 
     # weight and loss
@@ -318,7 +352,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         inputs = dict(inputs)  # the rollout buffer is used again when num_iterations > 1
         self._to_weight = inputs if self.args.needs_weight else None
         loss = super()._compute_loss(model, inputs)
-        if not torch.isfinite(loss):
+        if self.policy.generates_images and not torch.isfinite(loss):  # on text GRPOTrainer goes on, as with fp16
             where = first_non_finite(self._plain(self.model))
             raise FloatingPointError(f"step {self.state.global_step}: the loss is {loss.item()}; {where}")
         return loss
@@ -328,7 +362,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         inputs, self._to_weight = self._to_weight, None
         if inputs is not None:
-            valid = inputs["completion_mask"].bool()
+            valid = inputs["drawn_mask"] if "drawn_mask" in inputs else self._valid(inputs)
             weight = advantage_weight(
                 scores[0],
                 inputs["ref_per_token_logps"],

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers.trainer as hf_trainer
 import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -120,15 +121,15 @@ def unsharded(model: torch.nn.Module) -> Iterator[None]:
         root.reset_iter_state()  # only parts of a forward ran
 
 
-def with_critical_mask(trainer: Any, batch: dict[str, Any], critical: Tensor) -> dict[str, Any]:
+def with_critical_mask(trainer: Any, batch: dict[str, Any], critical: Tensor, drawn: Tensor) -> dict[str, Any]:
     """The batch with only ``critical`` tokens in its loss: TRL multiplies ``tool_mask`` into the loss mask.
 
-    ``num_items_in_batch``, which normalises the token-level losses, is counted again over all ranks.
+    ``num_items_in_batch``, which normalises the token-level losses, is counted again over all ranks. ``drawn``, the
+    tokens of the policy's own that ``tool_mask`` told apart until now, stays in the batch for the weight.
     """
-    tool_mask = batch.get("tool_mask")
-    mask = critical.long() if tool_mask is None else critical.long() * tool_mask
-    items = trainer.accelerator.gather((batch["completion_mask"] * mask).sum()).sum()
-    return {**batch, "tool_mask": mask, "num_items_in_batch": items}
+    mask = (critical & drawn).long()
+    items = trainer.accelerator.gather(mask.sum()).sum()
+    return {**batch, "tool_mask": mask, "drawn_mask": drawn, "num_items_in_batch": items}
 
 
 def eight_of_generate(prompt_ids: list[list[int]], tokens: list[list[int]], labels: list[str]) -> tuple[Any, ...]:
@@ -145,6 +146,31 @@ def log_apart(trainer: Any, values: dict[str, float]) -> None:
     should_log = trainer.control.should_log
     Trainer.log(trainer, dict(values))
     trainer.control.should_log = should_log
+
+
+@contextlib.contextmanager
+def arguments_stay_here() -> Iterator[None]:
+    """Around a push: ``training_args.bin`` is left out. It is a pickle, which loading could run, and nothing reads it.
+
+    Trainer's pushes name what they leave out themselves and take no more; each asks for its `HfApi` by this function.
+    """
+    original = hf_trainer.hf_api
+
+    def hf_api() -> Any:
+        api = copy.copy(original())
+        upload = api.upload_folder
+
+        def upload_folder(*, ignore_patterns: Any = (), **options: Any) -> Any:
+            return upload(ignore_patterns=[*ignore_patterns, hf_trainer.TRAINING_ARGS_NAME], **options)
+
+        api.upload_folder = upload_folder
+        return api
+
+    hf_trainer.hf_api = hf_api
+    try:
+        yield
+    finally:
+        hf_trainer.hf_api = original
 
 
 def tensorboard_writer(trainer: Any) -> Any | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -97,10 +98,13 @@ def nearest_colors(features: Tensor, directions: Tensor) -> list[str]:
     return [COLORS[index] for index in (features @ directions.T).argmax(dim=-1).tolist()]
 
 
-def object_on_grey(image: Image, mask: np.ndarray, box: Sequence[float]) -> Image:
-    """The object alone on grey #999, cropped to its box."""
+def object_on_grey(image: Image, mask: np.ndarray | None, box: Sequence[float]) -> Image:
+    """The object alone on grey #999, cropped to its box in whole pixels; without a mask, all that is in the box."""
     from PIL.Image import composite, fromarray, new
 
     picture = image.convert("RGB")
+    if mask is not None:
+        picture = composite(picture, new("RGB", picture.size, BACKGROUND), fromarray(mask))
     left, top, right, bottom = box
-    return composite(picture, new("RGB", picture.size, BACKGROUND), fromarray(mask)).crop((left, top, right, bottom))
+    left, top = math.floor(left), math.floor(top)
+    return picture.crop((left, top, max(math.ceil(right), left + 1), max(math.ceil(bottom), top + 1)))

@@ -1,4 +1,4 @@
-"""Objects in a picture, found by Mask2Former as GenEval's evaluator finds them: boxes, scores and masks.
+"""Objects in a picture: boxes, scores and, by Mask2Former, masks as GenEval's evaluator finds them.
 
 The library's own `post_process_instance_segmentation` is another rule: it resizes masks to 384 x 384 with the padding
 still on, so boxes are coarse and shifted. Here, as in mmdet 2.28 (`MaskFormerFusionHead.instance_postprocess`):
@@ -8,6 +8,9 @@ still on, so boxes are coarse and shifted. Here, as in mmdet 2.28 (`MaskFormerFu
 
 Resizing is PIL's bilinear. mmdet's (OpenCV) does not smooth when it shrinks, which matters for images larger than
 1333 x 800 only.
+
+A detector of boxes alone (RT-DETR, RT-DETRv2, D-FINE, DETR) may stand in: lighter, not the benchmark's. Its scores lie
+elsewhere, so its thresholds need setting; colours are read from the whole box, as GenEval does where there is no mask.
 """
 
 from __future__ import annotations
@@ -56,39 +59,60 @@ ALIASES = {
 }
 SHORT_SIDE, LONG_SIDE, PAD_MULTIPLE = 800, 1333, 32  # test pipeline of mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco
 MAX_INSTANCES = 100  # same config, test_cfg.max_per_image
+NO_CLASS = "N/A"  # DETR's classes are numbered with COCO's gaps
+# Image processors of the detectors of boxes, by model type. Each also turns the model's answer into boxes.
+BOX_PROCESSORS = {
+    "rt_detr": "RTDetrImageProcessorPil",
+    "rt_detr_v2": "RTDetrImageProcessorPil",
+    "d_fine": "RTDetrImageProcessorPil",
+    "detr": "DetrImageProcessorPil",
+}
 EMPTY_MASK = 1e-6  # instance_postprocess: added to the mask area before dividing
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One object found. box: (x0, y0, x1, y1) in pixels; mask: (height, width), True on the object."""
+    """One object found. box: (x0, y0, x1, y1) in pixels; mask: (height, width), True on the object, or None."""
 
     name: str
     score: float
     box: tuple[float, float, float, float]
-    mask: np.ndarray
+    mask: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
 class Detector:
-    """A loaded model with its image processor and the GenEval name of each of its classes."""
+    """A loaded model, its image processor and the GenEval name of each of its classes. masks: whether it gives any."""
 
     model: Any
     processor: Any
     names: tuple[str, ...]
     device: str
+    masks: bool = True
 
 
 @functools.cache
 def load_detector(model_id: str, device: str) -> Detector:
-    """Load once a process."""
+    """Load once a process: Mask2Former, or a detector of boxes, by what the checkpoint's configuration says."""
     import torch
-    from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
+    import transformers
 
-    logger.info("GenEval (HF Mask2Former): loading the detector %s on %s", model_id, device)
     try:
+        kind = transformers.AutoConfig.from_pretrained(model_id).model_type
+        if kind != "mask2former" and kind not in BOX_PROCESSORS:
+            known = ", ".join(["mask2former", *BOX_PROCESSORS])
+            raise ValueError(f"the GenEval detector {model_id!r} is a {kind}; give a model of type {known}")
+        logger.info("GenEval (HF %s): loading the detector %s on %s", kind, model_id, device)
+        processor: Any
+        model: Any
         with whole_weights():
-            model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(model_id, dtype=torch.float32)
+            if kind == "mask2former":
+                model = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(model_id, dtype=torch.float32)
+                # Own settings: a checkpoint's file may resize differently from the benchmark's test pipeline.
+                processor = transformers.Mask2FormerImageProcessorPil()
+            else:
+                model = transformers.AutoModelForObjectDetection.from_pretrained(model_id, dtype=torch.float32)
+                processor = getattr(transformers, BOX_PROCESSORS[kind]).from_pretrained(model_id)
     except OSError as error:
         raise FileNotFoundError(
             f"the GenEval detector {model_id!r} is neither a local folder nor downloadable here: run "
@@ -96,21 +120,21 @@ def load_detector(model_id: str, device: str) -> Detector:
             "and set GENEVAL_DETECTOR=DIR"
         ) from error
     names = geneval_names(model.config.id2label)
-    # Own preprocessing settings: a checkpoint's file may resize differently from the benchmark's test pipeline.
-    return Detector(model.to(device).eval(), Mask2FormerImageProcessorPil(), names, device)
+    return Detector(model.to(device).eval(), processor, names, device, masks=kind == "mask2former")
 
 
 def geneval_names(id2label: Mapping[int, str]) -> tuple[str, ...]:
     """GenEval's name of each class index. Labels are matched by name; unnamed ones (LABEL_3) by COCO's order."""
-    if len(id2label) != len(CLASSES):
+    labels = [id2label[index] for index in range(len(id2label))]
+    count = len(labels) - labels.count(NO_CLASS)
+    if count != len(CLASSES):
         raise ValueError(
-            f"the detector has {len(id2label)} classes, GenEval needs COCO's {len(CLASSES)}: "
+            f"the detector has {count} classes, GenEval needs COCO's {len(CLASSES)}: "
             "use an instance model trained on COCO, e.g. facebook/mask2former-swin-small-coco-instance"
         )
     if all(label == f"LABEL_{index}" for index, label in id2label.items()):
         return CLASSES
-    by_letters = {name.replace(" ", ""): name for name in CLASSES} | ALIASES
-    labels = [id2label[index] for index in range(len(CLASSES))]
+    by_letters = {name.replace(" ", ""): name for name in CLASSES} | ALIASES | {"n/a": NO_CLASS}
     unknown = [label for label in labels if label.lower().replace(" ", "") not in by_letters]
     if unknown:
         raise ValueError(f"the detector's label {unknown[0]!r} is not a COCO class; correct its config.id2label")
@@ -129,7 +153,30 @@ def padded_size(height: int, width: int) -> tuple[int, int]:
 
 
 def detect(detector: Detector, images: Sequence[Image], floor: float) -> list[list[Instance]]:
-    """Instances of each image with a score of at least `floor`. All images must have one size. Gradient: none."""
+    """All instances of each image with a score above `floor`. All images must have one size. Gradient: none."""
+    return (detect_masks if detector.masks else detect_boxes)(detector, images, floor)
+
+
+def detect_boxes(detector: Detector, images: Sequence[Image], floor: float) -> list[list[Instance]]:
+    """`detect` by a detector of boxes, cut at the picture's edge. Gradient: none."""
+    import torch
+
+    width, height = images[0].size
+    inputs = detector.processor([image.convert("RGB") for image in images], return_tensors="pt").to(detector.device)
+    with torch.inference_mode():
+        outputs = detector.model(**inputs)
+    answers = detector.processor.post_process_object_detection(outputs, floor, [(height, width)] * len(images))
+    found = []
+    for answer in answers:
+        edges = answer["boxes"].clamp(min=0).minimum(answer["boxes"].new_tensor([width, height, width, height]))
+        rows = zip(answer["labels"].tolist(), answer["scores"].tolist(), edges.tolist(), strict=True)
+        named = [Instance(detector.names[label], score, tuple(box), None) for label, score, box in rows]
+        found.append([one for one in named if one.name != NO_CLASS])
+    return found
+
+
+def detect_masks(detector: Detector, images: Sequence[Image], floor: float) -> list[list[Instance]]:
+    """`detect` by Mask2Former. Gradient: none."""
     import torch
     from torch.nn.functional import pad
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,14 @@ def check_images(name: str, completions: Sequence[Any], **columns: Sequence[Any]
             raise ValueError(f"{name}: {len(values)} {column} for {len(completions)} completions; give one each")
 
 
+def dataset_column(name: str, dataset: Any, column: str) -> Sequence[Any]:
+    """A column of a dataset, or of a dictionary of lists; a ValueError says which reward misses which column."""
+    columns = list(getattr(dataset, "column_names", dataset))
+    if column not in columns:
+        raise ValueError(f"{name} reads the column {column!r}, and the dataset has {columns}; add or rename it")
+    return dataset[column]
+
+
 def prompt_text(prompt: str | Sequence[dict[str, Any]]) -> str:
     """Text of a prompt; of a conversation, that of its last user message."""
     if isinstance(prompt, str):
@@ -63,6 +71,26 @@ def prompt_text(prompt: str | Sequence[dict[str, Any]]) -> str:
         raise ValueError(f"the prompt {prompt!r} has no user message; write a string or add one with role 'user'")
     content = users[-1]
     return content if isinstance(content, str) else " ".join(part["text"] for part in content if "text" in part)
+
+
+def rewards_of(
+    name: str,
+    prompts: Sequence[Any],
+    completions: Sequence[Image | None],
+    score: Callable[[list[Image], list[str]], Sequence[float]],
+) -> list[float | None]:
+    """`score(images, texts)` of the completions that are images, each with its prompt's text; None for the others.
+
+    `score` is not called where there is no image, so that no model loads.
+    """
+    check_images(name, completions, prompts=prompts)
+    images = {index: image for index, image in enumerate(completions) if image is not None}
+    rewards: list[float | None] = [None] * len(completions)
+    if images:
+        values = score(list(images.values()), [prompt_text(prompts[index]) for index in images])
+        for index, value in zip(images, values, strict=True):
+            rewards[index] = value
+    return rewards
 
 
 def batches_of_one_size(images: Sequence[Image], batch_size: int) -> Iterator[list[int]]:

@@ -4,7 +4,7 @@
 
 The rule is the benchmark's, to the last comparison; the detector is transformers' Mask2Former, whose weights come from
 another training run than the benchmark's mmdet model. So numbers are close to, but not, the official ones: report them
-under the label above.
+under the label above. With another detector write its name there.
 
 Values of a verdict that can be the reward:
     correct       the benchmark's 0 or 1; extra objects allowed (default: what the GCPO authors train on)
@@ -33,7 +33,7 @@ from ._geneval_rule import (
     rule_from_options,
     threshold_for,
 )
-from ._runtime import batches_of_one_size, check_images, reward_device
+from ._runtime import batches_of_one_size, check_images, dataset_column, reward_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,14 +52,19 @@ CLIP = "openai/clip-vit-large-patch14"
 
 @dataclass(frozen=True)
 class Models:
-    """Which models see, by hub id or folder, and where they run. Unset, the environment decides.
+    """Which models see, by hub id or folder, how sure they must be, and where they run. Unset, the environment decides.
 
-    device "auto" is GCPO_REWARD_DEVICE, or else this rank's GPU if there is one.
+    detector: Mask2Former, or RT-DETR, RT-DETRv2, D-FINE or DETR, which give boxes without masks and whose thresholds
+    need setting. device "auto" is GCPO_REWARD_DEVICE, or else this rank's GPU if there is one.
     """
 
     detector: str = field(default_factory=lambda: os.environ.get("GENEVAL_DETECTOR", DETECTOR))
     clip: str = field(default_factory=lambda: os.environ.get("GENEVAL_CLIP", CLIP))
     device: str = "auto"
+    threshold: float = field(default_factory=lambda: float(os.environ.get("GENEVAL_THRESHOLD", Rule.threshold)))
+    counting_threshold: float = field(
+        default_factory=lambda: float(os.environ.get("GENEVAL_COUNTING_THRESHOLD", Rule.counting_threshold))
+    )
     batch_size: int = 8  # images of 800 x 800 the detector sees at a time
 
 
@@ -103,11 +108,19 @@ def score_fixed(prompts: Any, completions: Any, metadata: Any, **columns: Any) -
     return reward(prompts, completions, metadata, "score_fixed", **columns)
 
 
+def check_rows(dataset: Any) -> None:
+    """Every metadata can be judged; the trainer asks before it loads a model."""
+    for line in dataset_column("geneval", dataset, "metadata"):
+        if line is not None:
+            validate_metadata(line, CLASSES, COLORS)
+
+
 def judge_images(
     images: Sequence[Image], metadata: Sequence[Any], models: Models | None = None, **options: float
 ) -> list[Verdict]:
-    """Detect, classify colours where a clause asks for one, judge. options: fields of Rule."""
+    """Detect, classify colours where a clause asks for one, judge. options: fields of Rule, ahead of `models`'s."""
     models = models or Models()
+    options = {"threshold": models.threshold, "counting_threshold": models.counting_threshold} | options
     rule = rule_from_options(options)
     device = reward_device(models.device)
     detector = load_detector(models.detector, device)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import random
 import re
+import tempfile
 
 import numpy as np
 import pytest
@@ -20,6 +21,9 @@ for _name, _value in {
     "WANDB_MODE": "offline",
 }.items():
     os.environ.setdefault(_name, _value)  # read when the libraries are first imported, which is after this file
+
+_TRACKIO = tempfile.TemporaryDirectory(prefix="trackio-")  # else a test would write among the user's own runs
+os.environ["TRACKIO_DIR"] = _TRACKIO.name
 
 torch.set_num_threads(1)  # the tensors are small; more threads only get in each other's way
 

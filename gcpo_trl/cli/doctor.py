@@ -9,24 +9,22 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
-import itertools
 import json
 import logging
 import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
 
 from ..plugins import available
 from .console import say
+from .findings import Finding
+from .launchers import check_deepspeed_on_cpu, check_processes, check_rendezvous
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["ok", "warn", "FAIL"]
 TESTED_PYTHON, LOWEST_PYTHON = (3, 11), (3, 11)
 # Tested version (constraints.txt), versions allowed (setup.cfg), and the extra that brings an optional package.
 PACKAGES: dict[str, tuple[str, str, str]] = {
@@ -38,25 +36,15 @@ PACKAGES: dict[str, tuple[str, str, str]] = {
     "datasets": ("5.2.0", "", ""),
     "deepspeed": ("0.19.8", "", "deepspeed"),
     "wandb": ("0.31.0", "", "wandb"),
+    "tensorboard": ("2.21.0", "", "trackers"),
+    "trackio": ("0.43.0", "", "trackers"),
+    "bitsandbytes": ("0.50.2", "", "qlora"),
 }
 GIB = 2**30
 MEMORY_WANTED = 2 * GIB  # the shapes recipe with its libraries stays below
 DISK_WANTED, DISK_NEEDED = 5 * GIB, GIB // 4  # a checkpoint of the shapes model with its optimizer takes about 20 MB
 REWARDS = "reward_funcs"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check saw. ``text``: what was seen, and after a semicolon what to do about it."""
-
-    status: Status
-    subject: str
-    text: str
-
-    def line(self) -> str:
-        """The line of the report."""
-        return f"{self.status:<6}{self.subject}: {self.text}"
 
 
 Check = Callable[[], Finding]
@@ -66,6 +54,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     """Parse; the returned function checks, or prints the table. ValueError for words that neither understands."""
     parser = argparse.ArgumentParser(prog="gcpo doctor", description=__doc__, allow_abbrev=False)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="folder whose disk is looked at")
+    parser.add_argument("--model", nargs="+", default=[], help="folders or ids of models to look for")
     parser.add_argument("--memory", nargs="+", metavar="RECIPE", help="print a memory table instead, a column a recipe")
     parser.add_argument("--gpus", type=int, default=1, help="devices the run is spread over")
     parser.add_argument("--zero", type=int, default=0, choices=(0, 2, 3), help="DeepSpeed ZeRO stage; 0 is none")
@@ -79,7 +68,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
         return functools.partial(show, text)
     if overrides:
         raise ValueError(f"unknown words {' '.join(overrides)}; --key value belongs behind --memory RECIPE")
-    return lambda: report(checks(options.output_dir))
+    return lambda: report(checks(options.output_dir, options.model))
 
 
 def show(text: str) -> int:
@@ -107,7 +96,7 @@ def examine(subject: str, check: Check) -> Finding:
         return Finding("FAIL", subject, f"{type(error).__name__}: {message}; the check itself stopped here")
 
 
-def checks(folder: Path) -> list[tuple[str, Check]]:
+def checks(folder: Path, models: list[str]) -> list[tuple[str, Check]]:
     """Every check with its subject, in the order of the report."""
     rewards = [name for name in available(REWARDS) if name not in GOLDEN]
     return [
@@ -116,6 +105,7 @@ def checks(folder: Path) -> list[tuple[str, Check]]:
         ("accelerator", check_accelerator),
         ("memory", check_memory),
         ("disk", functools.partial(check_disk, folder)),
+        *(("model", functools.partial(check_model, model)) for model in models),
         ("shapes model", check_shapes_model),
         *((f"reward {name}", functools.partial(check_golden, name)) for name in GOLDEN),
         *((f"reward {name}", functools.partial(check_weights, name)) for name in rewards),
@@ -204,6 +194,21 @@ def check_disk(folder: Path) -> Finding:
     if free < DISK_WANTED:
         return Finding("warn", "disk", f"{seen}; a checkpoint of Janus-Pro-1B with its optimizer takes about 10 GB")
     return Finding("ok", "disk", seen)
+
+
+def check_model(where: str) -> Finding:
+    """The files of the model that is to be trained; nothing is loaded."""
+    from ..shapes.build import SHIPPED
+
+    wanted = (("config.json",), WEIGHTS)
+    missing = [files[0] for files in wanted if not on_disk(SHIPPED.get(where, where), files)]
+    if missing:
+        return Finding(
+            "FAIL",
+            "model",
+            f"{where} has no {' and no '.join(missing)} on this disk; give its folder, or hf download it",
+        )
+    return Finding("ok", "model", f"{where} is on this disk, not loaded")
 
 
 # what comes with the package
@@ -302,80 +307,3 @@ def on_disk(where: str, files: tuple[str, ...]) -> bool:
         return any(isinstance(try_to_load_from_cache(where, file), str) for file in files)
     except HFValidationError:  # a path that does not exist is no id either
         return False
-
-
-# launching
-
-
-def accelerate_defaults() -> dict[str, Any]:
-    """What ``accelerate config`` saved on this machine; empty if it was never run."""
-    import yaml
-    from accelerate.commands.config.config_args import default_config_file
-
-    file = Path(default_config_file)
-    return yaml.safe_load(file.read_text()) or {} if file.is_file() else {}  # JSON is YAML
-
-
-def launcher_words() -> list[str]:
-    """The command line of the ``accelerate launch`` that started this process; empty if none did."""
-    import psutil
-
-    for parent in psutil.Process().parents():
-        try:
-            words = parent.cmdline()
-        except psutil.Error as error:
-            logger.debug("the command line of process %s cannot be read: %s", parent.pid, error)
-            continue
-        if "launch" in words and any("accelerate" in Path(word).name for word in words[: words.index("launch")]):
-            return words
-    return []
-
-
-def _on(value: Any) -> bool:
-    return str(value).lower() in ("1", "true", "yes", "on", "y", "t")
-
-
-def check_deepspeed_on_cpu(env: Mapping[str, str]) -> Finding:
-    """accelerate prefers ACCELERATE_USE_CPU to DeepSpeed, and says nothing (accelerate/state.py, PartialState)."""
-    defaults, words = accelerate_defaults(), launcher_words()
-    asked = (
-        _on(env.get("ACCELERATE_USE_DEEPSPEED"))
-        or "--use_deepspeed" in words
-        or defaults.get("distributed_type") == "DEEPSPEED"
-    )
-    cpu = _on(env.get("ACCELERATE_USE_CPU")) or "--cpu" in words or bool(defaults.get("use_cpu"))
-    if asked and cpu:
-        seen = "asked for together with the CPU, so accelerate leaves it out and runs DDP or one process"
-        return Finding("warn", "DeepSpeed", f"{seen}; unset ACCELERATE_USE_CPU, --cpu or use_cpu")
-    return Finding("ok", "DeepSpeed", "asked for, not on the CPU" if asked else "not asked for")
-
-
-def check_processes(env: Mapping[str, str]) -> Finding:
-    """``accelerate launch --cpu --num_processes 2`` starts one process: `simple_launcher` of accelerate's launch.py."""
-    defaults, words = accelerate_defaults(), launcher_words()
-    cpu = "--cpu" in words or bool(defaults.get("use_cpu"))
-    count = int(_value(words, "num_processes") or defaults.get("num_processes") or 1)
-    started = int(env.get("WORLD_SIZE", 1))
-    if cpu and count > 1 and started == 1 and not _value(words, "mpirun_hostfile"):
-        seen = f"accelerate launch on the CPU with {count} processes starts one"
-        return Finding("warn", "processes", f"{seen}; use torchrun --nproc_per_node {count} -m gcpo_trl RECIPE.yaml")
-    return Finding("ok", "processes", f"{started}")
-
-
-def _value(words: list[str], key: str) -> str | None:
-    """The value behind ``--key`` or in ``--key=value``, with hyphens or underscores; None if it is not there."""
-    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and name.replace("-", "_") == key:
-            return value if equals else following
-    return None
-
-
-def check_rendezvous(env: Mapping[str, str]) -> Finding:
-    """A WORLD_SIZE that a scheduler left behind: without the rest accelerate ignores it on a GPU and stops on a CPU."""
-    needed = ("MASTER_ADDR", "LOCAL_RANK")
-    missing = [name for name in needed if name not in env]
-    if "WORLD_SIZE" in env and missing:
-        seen = f"WORLD_SIZE={env['WORLD_SIZE']} but no {', '.join(missing)}"
-        return Finding("warn", "rendezvous", f"{seen}; start with accelerate launch or torchrun, or unset WORLD_SIZE")
-    return Finding("ok", "rendezvous", "no leftover of a launcher" if "WORLD_SIZE" not in env else "complete")

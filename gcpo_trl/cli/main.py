@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "train on the shapes world and show what was learnt",
     "learn": "compare GRPO, GCPO and its ablations on the shapes world",
     "doctor": "check this installation, or count a recipe's memory: gcpo doctor [--memory RECIPE.yaml]",
+    "serve-rewards": "serve rewards over HTTP to training elsewhere: gcpo serve-rewards geneval hpsv2 --port 8000",
     "shapes-model": "train the tiny Janus of the shapes world from scratch",
 }
 TAKES_KEYS = ("train", "doctor")  # commands that take a recipe's --key value, and so read their words themselves

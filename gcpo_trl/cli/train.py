@@ -11,7 +11,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import GCPOConfig
 from ..resume import last_whole_checkpoint
-from ..rewards import load_reward
+from ..rewards import load_reward, place_rewards
 from .datasets import load_prompts
 from .recipe import RunArguments, parse
 
@@ -30,6 +30,9 @@ def build_trainer(run: RunArguments, args: GCPOConfig, model_args: ModelConfig, 
 
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path is missing; give a path, a hub id or 'shapes-janus'")
+    if model_args.load_in_4bit and model_args.dtype == "auto":
+        raise ValueError("load_in_4bit computes in dtype, which 'auto' leaves open; write --dtype bfloat16 or float32")
+    place_rewards(args.reward_device)
     rewards = [load_reward(name) for name in run.reward_funcs]
     dataset = load_prompts(run.dataset_name, run.dataset_split, run.dataset_size, args.seed)
     defaults = {"dtype": model_args.dtype or "float32", "revision": model_args.model_revision}

@@ -7,6 +7,7 @@
 The second line of S_t is the same number without the G^2 pairs: expand the square of the sum.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +42,40 @@ class Signals:
         if self.grid is None:
             return
         height, width = self.grid
-        seq = self.entropy.shape[-1]
+        seq = self.valid.shape[-1]
         if height * width != seq:
             raise ValueError(
                 f"grid={self.grid} has {height} x {width} = {height * width} cells, but the signals have seq={seq} "
                 "tokens; pass the grid of these tokens, or grid=None for a one-dimensional sequence"
             )
+
+
+class SignalsOnDemand(Signals):
+    """Signals of which ``makers``, functions by field name, make those not yet known, each when first read.
+
+    The entropy of a text costs a forward pass, the similarity of a group that spans ranks an exchange; a strategy that
+    reads neither pays for neither. Every rank must read the same signals, so a strategy may not let the data decide
+    whether it reads one.
+    """
+
+    def __init__(
+        self,
+        makers: Mapping[str, Callable[[], Float[Tensor, "batch seq"]]],
+        valid: Bool[Tensor, "batch seq"],
+        grid: tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        vars(self).update(makers=makers, valid=valid, grid=grid, generator=generator)
+        self.__post_init__()
+
+    def __getattr__(self, name: str) -> Tensor:
+        """Called for what the instance does not hold yet."""
+        makers = vars(self).get("makers", {})
+        if name not in makers:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; it makes {', '.join(makers) or 'nothing'}")
+        value: Tensor = makers[name]()
+        vars(self)[name] = value
+        return value
 
 
 def entropy(logits: Float[Tensor, "*axes vocab"]) -> Float[Tensor, "*axes"]:

@@ -29,6 +29,11 @@ def lora_targets(config: Any, modules: Sequence[str] | None = None) -> str:
     return pattern
 
 
+def unquantised(config: Any) -> list[str]:
+    """Names of the modules of an image family that stay whole where its language model is quantised."""
+    return list(resolve(family_of(config), __name__, "UNQUANTISED"))
+
+
 def adapt(model: Any, processor: Any) -> Any:
     """The policy around a loaded model (unwrapped: no PEFT, DDP or engine around it)."""
     return resolve(family_of(model.config), __name__, "adapt")(model, processor)
@@ -39,4 +44,4 @@ def load(model_id: str, family: str, **kwargs: Any) -> Any:
     return resolve(family, __name__, "load")(model_id, **kwargs)
 
 
-__all__ = ["FAMILIES", "adapt", "available", "family_of", "image_grid", "load", "lora_targets"]
+__all__ = ["FAMILIES", "adapt", "available", "family_of", "image_grid", "load", "lora_targets", "unquantised"]

@@ -27,6 +27,13 @@ LORA_LAYERS = {
     "generation_head": r"(proj_out|vision_head)",
     "generation_aligner": r"(fc1|hidden_layers\.\d+)",
 }
+# What stays whole where the language model is quantised. transformers spares the output embeddings, which is the text
+# head; images are drawn with these, and together they are small.
+UNQUANTISED = (
+    "lm_head",
+    *(f"model.{part}" for part in ("vision_model", "aligner", "vqmodel")),
+    *(f"model.generation_{part}" for part in ("embeddings", "aligner", "head")),
+)
 
 
 class JanusPolicy:

@@ -26,6 +26,8 @@ LORA_LAYERS = {
     "language_model": r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
     "generation_head": r"lm_head",
 }
+# What stays whole where the body is quantised.
+UNQUANTISED = ("lm_head", "vqmodel", "model.condition")
 
 
 class LlamaGenPolicy:

@@ -1,13 +1,17 @@
 """LoRA on an image policy: what is adapted, against which reference, and that plain PEFT reads what is saved."""
 
+import importlib
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from tiny import PROMPTS, TOKENS, janus_trainer, load_janus, record
+from tiny import PROMPTS, TOKENS, digits, janus_trainer, load_janus, record, settings, shape_prompts, text_prompts
 from torch.testing import assert_close
-from transformers import JanusForConditionalGeneration
+from transformers import BitsAndBytesConfig, JanusForConditionalGeneration
 
+from gcpo_trl import GCPOTrainer
+from gcpo_trl.modules import SKIPPED, default_quantization, train_report
 from gcpo_trl.policies.janus import JanusPolicy
 from gcpo_trl.rollout import Sampling, sample
 
@@ -93,6 +97,112 @@ def test_an_adapter_trains_on_against_a_frozen_copy_of_itself(tiny_janus, tmp_pa
     for name in copies:
         assert torch.equal(states[name], loaded[name.replace(".ref.", ".")])
     assert len(kept.gradients) == 2 and all(".default." in name for name in kept.gradients[0])
+
+
+# QLoRA
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+
+
+@pytest.fixture
+def nf4():
+    pytest.importorskip("bitsandbytes", reason="install gcpo_trl[qlora]")
+    return BitsAndBytesConfig(**NF4)
+
+
+def qlora_trainer(model, folder, dataset, init=None, quantization=None, **changes):
+    args = settings(folder, model_init_kwargs=init, learning_rate=1e-2, **changes)
+    lora = LoraConfig(r=2, lora_alpha=8)
+    return GCPOTrainer(model, digits, args, dataset, peft_config=lora, quantization_config=quantization)
+
+
+def quantised(model):
+    """The 4 bit layers by name, as they were before an adapter came around them."""
+    layers = ((name.removeprefix("base_model.model."), module) for name, module in model.named_modules())
+    return {name.removesuffix(".base_layer"): one for name, one in layers if type(one).__name__ == "Linear4bit"}
+
+
+def adapters_and_base(trainer):
+    """Copies of what an adapter adds and of all the rest, with the scales and codes of quantised weights."""
+    state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    adapters = {name: value for name, value in state.items() if "lora_" in name}
+    return adapters, {name: value for name, value in state.items() if name not in adapters}
+
+
+@pytest.mark.parametrize("where", ["argument", "model_init_kwargs"])
+def test_qlora_trains_an_image_policy_whose_language_model_alone_is_quantised(tiny_janus, tmp_path, nf4, where):
+    given = {"quantization": nf4} if where == "argument" else {"init": {"quantization_config": NF4}}
+    trainer = qlora_trainer(tiny_janus, tmp_path, shape_prompts(), max_steps=2, beta=0.0, **given)
+    # Two layers of seven linear maps, every one under an adapter; the image head, the aligner and the VQ are whole.
+    layers = quantised(trainer.model)
+    assert len(layers) == 14 and all(".language_model." in name for name in layers)
+    adapters, base = adapters_and_base(trainer)
+    assert {name.partition("base_model.model.")[2].split(".lora_")[0] for name in adapters} == set(layers)
+    assert nf4.llm_int8_skip_modules is None  # the user's own is left as it was
+    kept = record(trainer)
+    trainer.train()
+    after, still = adapters_and_base(trainer)
+    assert all(not torch.equal(after[name], adapters[name]) for name in adapters)
+    assert all(torch.equal(still[name], base[name]) for name in base)
+    assert [image.size for image in trainer._images] == [(36, 36)] * 4 and len(kept.batches) == 2
+    # The reference is the quantised base, under an adapter that is switched off.
+    assert trainer.state.log_history[0]["gcpo/weight/mean"] == 1.0 != trainer.state.log_history[1]["gcpo/weight/mean"]
+
+
+def test_qlora_trains_a_text_model(tiny_text, tmp_path, nf4):
+    trainer = qlora_trainer(
+        *(tiny_text, tmp_path, text_prompts()),
+        quantization=nf4,
+        max_steps=2,
+        max_completion_length=16,
+    )
+    assert len(quantised(trainer.model)) == 14  # all but the text head, as transformers has it
+    adapters, base = adapters_and_base(trainer)
+    trainer.train()
+    after, still = adapters_and_base(trainer)
+    assert sum(not torch.equal(after[name], adapters[name]) for name in adapters) == len(adapters) == 8
+    assert all(torch.equal(still[name], base[name]) for name in base)
+
+
+def test_gradients_pass_4_bit_layers_that_have_drawn(tiny_janus, tmp_path, nf4):
+    # On a CPU with AVX512-BF16, bitsandbytes packs them for inference, after which no gradient would reach x.
+    trainer = qlora_trainer(tiny_janus, tmp_path, shape_prompts(), quantization=nf4)
+    trainer.train()
+    layer = quantised(trainer.model)["model.language_model.layers.0.mlp.up_proj"]
+    x = torch.randn(3, 32, requires_grad=True)
+    layer(x).sum().backward()  # the gradient of each row is the sum of the weight's rows
+    weight = importlib.import_module("bitsandbytes.functional").dequantize_4bit(
+        layer.weight.data, layer.weight.quant_state
+    )
+    assert_close(x.grad, weight.float().sum(0).expand(3, 32), rtol=1e-5, atol=1e-5)
+
+
+def test_quantised_weights_are_counted_whole(tiny_janus, tmp_path, nf4):
+    whole = sum(parameter.numel() for parameter in load_janus(tiny_janus)[0].parameters())
+    trainer = qlora_trainer(tiny_janus, tmp_path, shape_prompts(), quantization=nf4)
+    # Rank 2 beside 4 maps of 32 x 32 and 3 of 32 x 96 in each of two layers: 2 * 2 * (4 * 64 + 3 * 128).
+    assert f"training 2,560 of {whole + 2560:,} parameters" in train_report(trainer.model)
+
+
+def test_what_is_quantised_can_be_chosen(shared_policy, nf4):
+    config, args = shared_policy.model.config, settings("unused")
+    nf4.llm_int8_skip_modules = ["lm_head"]
+    assert default_quantization(nf4, config, args) is nf4
+    assert default_quantization({**NF4, SKIPPED: []}, config, args)[SKIPPED] == []
+    assert default_quantization({"quant_method": "fp8"}, config, args) == {"quant_method": "fp8"}
+    assert default_quantization(None, config, args) is None
+    modules = {name for name, _ in shared_policy.model.named_modules()}
+    assert set(default_quantization(NF4, config, args)[SKIPPED]) < modules
+
+
+@pytest.mark.parametrize("model", ["tiny_janus", "tiny_text"])
+def test_quantised_weights_without_an_adapter_are_refused_before_they_load(request, tmp_path, monkeypatch, nf4, model):
+    path = request.getfixturevalue(model)
+    monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", lambda *_, **__: pytest.fail("loaded"))
+    for given in ({"quantization_config": nf4}, {}):
+        args = settings(tmp_path, model_init_kwargs=None if given else {"quantization_config": NF4})
+        with pytest.raises(ValueError, match=r"without peft_config leaves nothing to train.*--use_peft true"):
+            GCPOTrainer(path, digits, args, shape_prompts(), **given)
 
 
 @torch.no_grad()

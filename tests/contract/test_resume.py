@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import janus_trainer, record
+from safetensors.torch import load_file
+from tiny import janus_trainer, record, settings
+from torch.testing import assert_close
 
-from gcpo_trl.resume import ExactResume, is_whole, last_whole_checkpoint, load_buffer, save_buffer
+from gcpo_trl.resume import ExactResume, check_reference, is_whole, last_whole_checkpoint, load_buffer, save_buffer
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
 # 8 images a generation in 2 slices, each used twice: steps 1 to 4 share one generation.
@@ -48,6 +50,65 @@ def test_a_continued_run_is_the_uninterrupted_one(tiny_janus, tmp_path, lora, st
     assert after.losses == before.losses[step:]
     assert len(after.batches) == generations and images(after) == images(before)[-generations:]
     expected, found = whole.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# The reference takes 0.6 of the policy after steps 2 and 4, so at step 3 it is neither the start nor the policy.
+MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.6}
+
+
+def test_a_reference_that_moves_goes_on_from_where_it_was(tiny_janus, tmp_path):
+    whole = janus_trainer(tiny_janus, tmp_path, learning_rate=1e-2, **SAVED, **MOVING)
+    start = {name: value.clone() for name, value in whole.ref_model.state_dict().items()}
+    before = record(whole)
+    whole.train()
+    kept = load_file(tmp_path / "checkpoint-3" / "reference.safetensors")
+    policy = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    expected = {name: 0.4 * start[name] + 0.6 * policy[name] for name in kept if start[name].is_floating_point()}
+    assert_close({name: kept[name] for name in expected}, expected, rtol=1e-5, atol=1e-6)
+    name = "model.language_model.norm.weight"
+    assert (kept[name] - start[name]).abs().max() > 1e-3 < (kept[name] - policy[name]).abs().max()
+    again = janus_trainer(tiny_janus, tmp_path, learning_rate=1e-2, **SAVED, **MOVING)
+    after = record(again)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert logged(again) == logged(whole) and after.losses == before.losses[3:]
+    end, found = whole.ref_model.state_dict(), again.ref_model.state_dict()
+    assert all(torch.equal(found[name], end[name]) for name in end)
+
+
+def test_a_moving_reference_that_is_lost_is_refused(tiny_janus, tmp_path):
+    janus_trainer(tiny_janus, tmp_path, **SAVED).train()  # nothing moved its reference, so none was saved
+    assert not (tmp_path / "checkpoint-1" / "reference.safetensors").exists()
+    trainer = janus_trainer(tiny_janus, tmp_path, **SAVED, **MOVING)
+    with pytest.raises(ValueError, match=r"checkpoint-1 has no reference.safetensors.*; set it to False to go on"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_moving_reference_in_parts_is_refused_where_it_would_be_saved(tiny_janus, tmp_path):
+    trainer = janus_trainer(tiny_janus, tmp_path, **SAVED, **MOVING)
+    next(trainer.ref_model.parameters()).ds_tensor = torch.zeros(1)  # as ZeRO-3 marks what a process has a part of
+    with pytest.raises(ValueError, match=r"a reference that is sharded.*train with ddp or zero2"):
+        trainer.train()
+    for unkept in ({"save_strategy": "no"}, {"save_only_model": True}):
+        check_reference(trainer.ref_model, settings(tmp_path, **(SAVED | unkept)), None)
+
+
+def test_a_quantised_model_goes_on_with_its_adapter_as_it_was(tiny_janus, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="install gcpo_trl[qlora]")
+    four_bit = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+
+    def build():
+        return janus_trainer(
+            *(tiny_janus, tmp_path), peft_config=adapter(), learning_rate=1e-2, model_init_kwargs=four_bit, **SAVED
+        )
+
+    whole, again = build(), build()
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert logged(again) == logged(whole)
+    expected, found = whole.model.state_dict(), again.model.state_dict()
+    adapters = [name for name in expected if "lora_" in name]
+    assert len(adapters) == 8 and {found[name].dtype for name in adapters} == {torch.bfloat16}
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

@@ -1,7 +1,10 @@
 """Seeing what a run learns: grids of its pictures, in files and trackers, and the held-out look beside training."""
 
-import importlib.util
+import importlib
+import io
+import os
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +14,6 @@ import torch
 from PIL import Image
 from tiny import PROMPTS, digits, janus_trainer, record, redness, settings, shape_prompts, text_prompts
 from torch.testing import assert_close
-from transformers.integrations import TensorBoardCallback
 
 from gcpo_trl import GCPOTrainer, HeldOutCallback
 from gcpo_trl.held_out import sharpness
@@ -21,83 +23,89 @@ from gcpo_trl.rollout import Sampling, sample
 SHEET = (6 + 2 * 300, 6 + 2 * 178 + 16 * 4)
 
 
-class Writer:
-    """What is left of tensorboard's writer without tensorboard."""
-
-    def __init__(self):
-        self.images = []
-
-    def add_image(self, name, array, step, dataformats):
-        self.images.append((name, array.shape, array.dtype, step, dataformats))
-
-    def nothing(self, *args, **kwargs):
-        pass
-
-    add_text = add_scalar = flush = close = nothing
-
-
 @pytest.fixture(scope="module")
 def seen(tiny_janus, tmp_path_factory):
-    """A run of two steps that logs its images and completions, to wandb offline and to a stand-in for tensorboard."""
-    wandb = pytest.importorskip("wandb", reason="install gcpo_trl[wandb]")
+    """A run of two steps that logs its images and completions to every tracker, none of which needs the network."""
+    for name, extra in (("wandb", "wandb"), ("tensorboard", "trackers"), ("trackio", "trackers")):
+        pytest.importorskip(name, reason=f"install gcpo_trl[{extra}]")
     folder = tmp_path_factory.mktemp("seen")
-    callback = TensorBoardCallback.__new__(TensorBoardCallback)
-    callback.tb_writer, callback._SummaryWriter, callback.logging_dir = (writer := Writer()), None, "unused"
+    environment = {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(folder),
+        "WANDB_SILENT": "true",
+        "TENSORBOARD_LOGGING_DIR": str(folder / "events"),
+    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("WANDB_DIR", str(folder))
-        patch.setenv("WANDB_SILENT", "true")
-        changes = {"log_images": 1, "log_completions": True, "report_to": ["wandb"], "max_steps": 2}
-        trainer = janus_trainer(tiny_janus, folder / "out", reward=digits, **changes)
-        trainer.add_callback(callback)
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        changes = {"log_images": 1, "log_completions": True, "max_steps": 2, "project": "seen"}
+        trackers = ["wandb", "tensorboard", "trackio"]
+        trainer = janus_trainer(tiny_janus, folder / "out", reward=digits, report_to=trackers, **changes)
         trainer.train()
-        wandb.finish()
-    return SimpleNamespace(folder=folder, out=folder / "out", writer=writer, trainer=trainer)
+        importlib.import_module("wandb").finish()
+        rows = trackio_rows("seen")
+    files = sorted((folder / "out" / "images").iterdir())
+    grids = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    return SimpleNamespace(folder=folder, out=folder / "out", trainer=trainer, rows=rows, files=files, grids=grids)
+
+
+def trackio_rows(project):
+    """All that trackio has of a project's only run, in the order it was logged; tests/conftest.py says where."""
+    storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
+    (run,) = storage.get_runs(project)
+    return storage.get_logs(project, run)
 
 
 # grids
 
 
 def test_a_grid_is_written_every_step_and_nothing_else(seen):
-    files = sorted((seen.out / "images").iterdir())
-    assert [file.name for file in files] == ["step-000001.png", "step-000002.png"]
-    pictures = [Image.open(file).convert("RGB") for file in files]
-    assert [picture.size for picture in pictures] == [SHEET] * 2
-    assert pictures[0].tobytes() != pictures[1].tobytes()
+    assert [file.name for file in seen.files] == ["step-000001.png", "step-000002.png"]
+    assert [grid.shape for grid in seen.grids] == [(SHEET[1], SHEET[0], 3)] * 2
+    assert not np.array_equal(*seen.grids)
 
 
 def test_a_grid_shows_the_images_of_its_step(seen):
     # The last images are still there; their first one is 36 pixels wide, so drawn four times as large.
-    drawn = np.asarray(Image.open(seen.out / "images" / "step-000002.png").convert("RGB"))
-    tile = drawn[6 + 28 : 6 + 28 + 144, 6 : 6 + 144]
+    tile = seen.grids[1][6 + 28 : 6 + 28 + 144, 6 : 6 + 144]
     assert np.array_equal(tile[::4, ::4], np.asarray(seen.trainer._images[0]))
 
 
-def test_trackers_get_the_same_grid(seen):
-    height_width = (SHEET[1], SHEET[0], 3)
-    assert seen.writer.images == [("gcpo/images", height_width, np.uint8, step, "HWC") for step in (1, 2)]
+def test_wandb_holds_the_grids(seen):
     media = sorted(seen.folder.glob("wandb/offline-run-*/files/media/images/gcpo/images_*.png"))
-    files = sorted((seen.out / "images").iterdir())
     assert len(media) == 2
-    by_size = [sorted(np.asarray(Image.open(path)).tobytes() for path in paths) for paths in (media, files)]
-    assert by_size[0] == by_size[1]
+    found, expected = ([np.asarray(page).tobytes() for page in pages] for pages in (map(Image.open, media), seen.grids))
+    assert sorted(found) == sorted(expected)
+
+
+def test_tensorboard_holds_the_grids_at_their_steps(seen):
+    reader = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(seen.folder / "events"))
+    events.Reload()
+    images = events.Images("gcpo/images")
+    assert [image.step for image in images] == [1, 2]
+    for image, grid in zip(images, seen.grids, strict=True):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), grid)
+    logged = [entry["gcpo/weight/mean"] for entry in seen.trainer.state.log_history if "loss" in entry]
+    scalars = events.Scalars("train/gcpo/weight/mean")
+    assert [scalar.step for scalar in scalars] == [1, 2]
+    assert_close([scalar.value for scalar in scalars], logged, rtol=1e-6, atol=0)  # events hold float32
+
+
+def test_trackio_holds_the_grids_at_their_steps(seen):
+    rows = [row for row in seen.rows if "gcpo/images" in row]
+    assert [row["train/global_step"] for row in rows] == [1, 2]
+    for row, grid in zip(rows, seen.grids, strict=True):
+        page = Image.open(Path(os.environ["TRACKIO_DIR"], "media", row["gcpo/images"]["file_path"]))
+        assert np.array_equal(np.asarray(page.convert("RGB")), grid)  # trackio adds an alpha channel
+    logged = [entry["reward"] for entry in seen.trainer.state.log_history if "loss" in entry]
+    assert [row["train/reward"] for row in seen.rows if "train/reward" in row] == logged
 
 
 def test_completions_stay_text(seen):
     table = pd.read_parquet(sorted((seen.out / "completions").glob("*.parquet"))[1])
     assert table["completion"].tolist() == [f"image {index} of step 1" for index in range(4, 8)]
     assert set(table["prompt"]) <= set(PROMPTS)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="install tensorboard")
-def test_tensorboard_holds_the_grid(tiny_janus, tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    janus_trainer(tiny_janus, tmp_path / "out", log_images=1, report_to=["tensorboard"]).train()
-    events = EventAccumulator(str(tmp_path / "events"))
-    events.Reload()
-    assert [(one.step, one.width, one.height) for one in events.Images("gcpo/images")] == [(1, *SHEET)]
 
 
 def test_grids_follow_their_steps_and_not_evaluation(tiny_janus, tmp_path):

@@ -22,6 +22,15 @@ def no_weights(monkeypatch):
 
 CAPTIONS = Dataset.from_dict({"caption": PROMPTS})
 PICTURES = Dataset.from_dict({"prompt": PROMPTS, "images": ["a.png", "b.png"]})
+CATS, UNICORNS = (
+    Dataset.from_dict(
+        {
+            "prompt": PROMPTS,
+            "metadata": [f'{{"tag": "counting", "include": [{{"class": "{name}", "count": 1}}]}}', None],
+        }
+    )
+    for name in ("cat", "unicorn")
+)
 MISTAKES = [
     ({"dataset": CAPTIONS}, ValueError, "columns .'caption'. but no 'prompt'; rename"),
     ({"dataset": PICTURES}, ValueError, "column 'images'.*'reference_image'"),
@@ -34,6 +43,14 @@ MISTAKES = [
     ({"reward": "shape"}, ValueError, "no 'shape'; did you mean 'shapes'"),
     ({"reward": [digits, "genevl"]}, ValueError, "no 'genevl'; did you mean 'geneval'"),
     ({"reward": None}, TypeError, "pass a name, a path or a function"),
+    ({"reward": "ocr"}, ValueError, "quotes no text; put what the picture should say in double quotes"),
+    ({"reward": "reward_funcs.geneval:strict", "dataset": UNICORNS}, ValueError, "class='unicorn' is unknown"),
+    ({"reward": "geneval", "dataset": CATS, "evaluated": {"cats": CATS, "rare": UNICORNS}}, ValueError, "'unicorn'"),
+    (
+        {"reward": "geneval", "dataset": Dataset.from_dict({"prompt": PROMPTS})},
+        ValueError,
+        "reads the column 'metadata'",
+    ),
     ({"num_generations": 3}, ValueError, "divisible"),
     ({"select_strategies": ["initail"]}, ValueError, "'initail'; did you mean 'initial'"),
 ]

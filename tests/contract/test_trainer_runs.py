@@ -1,5 +1,7 @@
 """GCPOTrainer around the loss: what moves, evaluation, text, checkpoints, logs, and broken numbers."""
 
+import importlib
+
 import pandas as pd
 import pytest
 import torch
@@ -22,6 +24,8 @@ from torch.testing import assert_close
 from transformers import AutoProcessor, JanusForConditionalGeneration, TrainerCallback
 
 from gcpo_trl import GCPOTrainer
+from gcpo_trl.cli.recipe import parse
+from gcpo_trl.cli.train import build_trainer
 from gcpo_trl.rollout import Sampling, sample
 from gcpo_trl.shapes.build import build_processor
 
@@ -113,6 +117,22 @@ def test_rewards_see_pictures_prompts_and_columns(tiny_janus, tmp_path):
 
 
 # evaluation and seeds
+
+
+@pytest.mark.parametrize("start", ["trainer", "recipe"])
+def test_rewards_are_placed_before_one_loads(tiny_janus, tmp_path, monkeypatch, start):
+    monkeypatch.setenv("GCPO_REWARD_DEVICE", "cuda:7")  # which the setting overrules
+    lines = ["from reward_funcs._runtime import reward_device", "DEVICE = reward_device('auto')", "reward = len"]
+    (tmp_path / f"of_{start}.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    if start == "trainer":
+        janus_trainer(tiny_janus, tmp_path, reward=f"of_{start}:reward", reward_device="cpu")
+    else:
+        words = ["--model_name_or_path", tiny_janus, "--output_dir", str(tmp_path), "--reward_device", "cpu"]
+        batch = ["--per_device_train_batch_size", "4", "--num_generations", "2", "--dataset_size", "8"]
+        run = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--reward_funcs", f"of_{start}:reward"]
+        build_trainer(*parse([*words, *batch, *run]))
+    assert importlib.import_module(f"of_{start}").DEVICE == "cpu"
 
 
 def test_evaluation_draws_the_same_images_every_time(tiny_janus, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from transformers.integrations import TensorBoardCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head
 
 from gcpo_trl import GCPOTrainer, trl_compat
@@ -96,9 +98,11 @@ def test_what_we_override_exists():
     ours = {name for name, value in vars(GCPOTrainer).items() if inspect.isfunction(value)}
     overridden = {"_generate", "_calculate_rewards", "_generate_and_score_completions", "_compute_loss", "evaluate"}
     overridden |= {"_get_per_token_logps_and_entropies", "__init__", "train", "create_model_card"}
+    overridden |= {"push_to_hub", "_push_from_checkpoint"}
     assert overridden <= ours
     resumed = {name for name, value in vars(ExactResume).items() if inspect.isfunction(value)}
-    assert resumed == {"train", "_get_train_sampler", "_save_checkpoint", "_save_rng_state", "_load_rng_state"}
+    saved = {"_save_checkpoint", "_save_rng_state"}
+    assert resumed == saved | {"train", "_get_train_sampler", "_load_from_checkpoint", "_load_rng_state"}
     overridden |= resumed
     gone = {name for name in overridden if not hasattr(GRPOTrainer, name)}
     assert not gone, f"GRPOTrainer has no {gone} to override. {LOOK}"
@@ -307,6 +311,26 @@ def test_logging_apart_disturbs_neither_metrics_nor_the_wish_to_log(trainer):
     assert trainer.state.log_history[-1]["apart"] == 2.0 and "gcpo/test" not in trainer.state.log_history[-1]
     assert trainer._metrics["train"].pop("gcpo/test") == [1.0]
     trainer.control.should_log = False
+
+
+def test_a_push_asks_for_its_hub_by_a_function_and_names_what_it_leaves_out(trainer, tmp_path, monkeypatch):
+    asked = []
+    hub = SimpleNamespace(upload_folder=lambda **options: asked.append(options["ignore_patterns"]))
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    monkeypatch.setattr(trainer, "hub_model_id", "someone/reds", raising=False)
+    monkeypatch.setattr(trainer, "push_in_progress", None, raising=False)
+    with trl_compat.arguments_stay_here():
+        trainer.push_to_hub()
+    trainer.push_to_hub()
+    theirs = ["_*", "checkpoint-*"]
+    assert asked == [[*theirs, "training_args.bin"], theirs], LOOK
+    assert inspect.getsource(Trainer._push_from_checkpoint).count("hf_api().upload_folder(") == 2, LOOK
+
+
+def test_a_moving_reference_is_moved_before_a_checkpoint_is_saved():
+    source = inspect.getsource(Trainer._run_epoch)
+    assert source.index("callback_handler.on_step_end(") < source.index("_maybe_log_save_evaluate("), LOOK
+    assert "on_step_end" in vars(SyncRefModelCallback), LOOK
 
 
 def test_the_writer_of_tensorboard_is_found(trainer):

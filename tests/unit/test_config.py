@@ -46,7 +46,7 @@ def test_every_setting_has_its_help_and_a_room():
     ours = [f for f in dataclasses.fields(GCPOConfig) if f.name not in GRPOConfig.__dataclass_fields__]
     assert len(ours) >= 12
     for setting in ours:
-        assert setting.name.split("_")[0] in {"select", "weight", "rollout", "train", "log"}
+        assert setting.name.split("_")[0] in {"select", "weight", "rollout", "reward", "train", "log"}
         assert len(setting.metadata["help"]) > 40, f"{setting.name} does not explain itself"
 
 
@@ -221,3 +221,38 @@ def test_a_configuration_is_read_from_where_the_weights_will_be(tmp_path, monkey
     seen.clear()
     load_config("some/model")
     assert seen == {"trust_remote_code": False}
+
+
+# where rewards live
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with cuda:0 and cuda:1, as far as torch is asked."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+def test_a_device_of_rewards_that_is_there(two_gpus, device):
+    assert config(reward_device=device).reward_device == device
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("cuda:2", r"reward_device='cuda:2', but torch \S+ sees 2 cuda device\(s\); write 'auto', 'cpu'"),
+        ("xpu", "reward_device='xpu', but torch .* sees 0 xpu"),
+        ("gpu", "reward_device='gpu' is no device; write 'auto', 'cpu' or a GPU such as 'cuda:1'"),
+        (1, "reward_device=1 is no device"),
+    ],
+)
+def test_a_device_of_rewards_that_is_not_there(two_gpus, device, says):
+    with pytest.raises(ValueError, match=says):
+        config(reward_device=device)
+
+
+def test_a_machine_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    with pytest.raises(ValueError, match=r"reward_device='cuda', but torch .* sees 0 cuda"):
+        config(reward_device="cuda")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gcpo_trl.cli import doctor
+from gcpo_trl.cli import doctor, launchers
 from gcpo_trl.cli.doctor import GIB, PACKAGES, Finding, check_package, examine
 from gcpo_trl.cli.main import main
 
@@ -21,8 +21,8 @@ LAUNCH = ["/usr/bin/python", "/usr/bin/accelerate", "launch"]
 @pytest.fixture(autouse=True)
 def nothing_left_behind(monkeypatch):
     """No launcher above this process, no saved settings of accelerate, none of their variables."""
-    monkeypatch.setattr(doctor, "launcher_words", list)
-    monkeypatch.setattr(doctor, "accelerate_defaults", dict)
+    monkeypatch.setattr(launchers, "launcher_words", list)
+    monkeypatch.setattr(launchers, "accelerate_defaults", dict)
     for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED"):
         monkeypatch.delenv(name, raising=False)
 
@@ -177,6 +177,17 @@ def test_rewards_whose_weights_are_not_here(monkeypatch, tmp_path):
     assert "no self-test is known" in doctor.check_weights("mine").text
 
 
+def test_a_model_is_looked_for_and_not_loaded(monkeypatch, tmp_path):
+    assert doctor.check_model("shapes-janus") == Finding("ok", "model", "shapes-janus is on this disk, not loaded")
+    (tmp_path / "config.json").write_text("{}")
+    finding = doctor.check_model(str(tmp_path))
+    assert finding.status == "FAIL" and "has no model.safetensors on this disk" in finding.text
+    (tmp_path / "model.safetensors.index.json").write_text("{}")  # of one in several files
+    assert doctor.check_model(str(tmp_path)).status == "ok"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    assert "someone/reds has no config.json and no model" in doctor.check_model("someone/reds").text
+
+
 def test_the_hub_cache_counts_as_disk(monkeypatch):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda where, file: f"/cache/{where}/{file}")
     assert doctor.check_weights("geneval").status == "ok"
@@ -193,8 +204,8 @@ def test_the_hub_cache_counts_as_disk(monkeypatch):
     ],
 )
 def test_deepspeed_on_the_cpu(monkeypatch, env, words, defaults, status):
-    monkeypatch.setattr(doctor, "launcher_words", lambda: words)
-    monkeypatch.setattr(doctor, "accelerate_defaults", lambda: defaults)
+    monkeypatch.setattr(launchers, "launcher_words", lambda: words)
+    monkeypatch.setattr(launchers, "accelerate_defaults", lambda: defaults)
     finding = doctor.check_deepspeed_on_cpu(env)
     assert finding.status == status and ("unset ACCELERATE_USE_CPU" in finding.text) == (status == "warn")
 
@@ -213,8 +224,8 @@ def test_deepspeed_on_the_cpu(monkeypatch, env, words, defaults, status):
     ],
 )
 def test_processes_that_are_not_started(monkeypatch, env, words, defaults, status):
-    monkeypatch.setattr(doctor, "launcher_words", lambda: words)
-    monkeypatch.setattr(doctor, "accelerate_defaults", lambda: defaults)
+    monkeypatch.setattr(launchers, "launcher_words", lambda: words)
+    monkeypatch.setattr(launchers, "accelerate_defaults", lambda: defaults)
     finding = doctor.check_processes(env)
     assert finding.status == status and ("starts one; use torchrun" in finding.text) == (status == "warn")
 
@@ -231,18 +242,18 @@ def test_the_launcher_above_is_read(monkeypatch):
     lines = [["bash"], [*LAUNCH, "--cpu", "recipe.yaml"]]
     parents = [SimpleNamespace(pid=i, cmdline=lambda line=line: line) for i, line in enumerate(lines)]
     monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(parents=lambda: parents))
-    assert doctor.launcher_words() == lines[1]
+    assert launchers.launcher_words() == lines[1]
     monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(parents=lambda: parents[:1]))
-    assert doctor.launcher_words() == []
+    assert launchers.launcher_words() == []
 
 
 def test_saved_settings_of_accelerate_are_read(monkeypatch, tmp_path):
     monkeypatch.undo()
     file = tmp_path / "default_config.yaml"
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(file))
-    assert doctor.accelerate_defaults() == {}
+    assert launchers.accelerate_defaults() == {}
     file.write_text("use_cpu: true\nnum_processes: 2\n")
-    assert doctor.accelerate_defaults() == {"use_cpu": True, "num_processes": 2}
+    assert launchers.accelerate_defaults() == {"use_cpu": True, "num_processes": 2}
 
 
 def test_a_crash_inside_a_check_names_the_exception(caplog):

@@ -13,22 +13,29 @@ from reward_funcs.geneval import judge, relative_position, validate_metadata
 # Each line: detections, metadata, options, and what the two released evaluators said of them; numbers float32-exact.
 VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "data/geneval_vectors.jsonl").open()]
 SQUARE = (0.0, 0.0, 100.0, 100.0)
-# No line above has an excluded object beside objects that are exactly right: the server ignores `exclude`.
-EXCLUDED_BESIDE_RIGHT = {
-    "detections": [
-        {"class": "cat", "box": SQUARE, "score": 0.5, "color": "red"},
-        {"class": "dog", "box": SQUARE, "score": 0.5, "color": "red"},
-    ],
-    "metadata": {
-        "tag": "single_object",
-        "include": [{"class": "cat", "count": 1}],
-        "exclude": [{"class": "dog", "count": 1}],
+CAT = {"class": "cat", "box": SQUARE, "score": 0.75, "color": "red"}
+DOG = {"class": "dog", "box": SQUARE, "score": 0.5, "color": "red"}
+KEPT = {"cat": [[*SQUARE, 0.75]], "dog": [[*SQUARE, 0.5]]}
+# By hand, what no line above has.
+BY_HAND = [
+    {  # an excluded object beside objects that are exactly right: the server ignores `exclude`
+        "detections": [CAT, DOG],
+        "metadata": {
+            "tag": "single_object",
+            "include": [{"class": "cat", "count": 1}],
+            "exclude": [{"class": "dog", "count": 1}, {"class": "cow", "count": 1}],  # one exceeded is enough
+        },
+        "official": {"correct": False, "kept": KEPT},
+        "server": {"strict": True, "score": 1.0},
     },
-    "options": {},
-    "official": {"correct": False, "kept": {"cat": [[*SQUARE, 0.5]], "dog": [[*SQUARE, 0.5]]}},
-    "server": {"strict": True, "score": 1.0},
-}
-KNOWN = [*VECTORS, EXCLUDED_BESIDE_RIGHT]
+    {  # two red cats asked, one is blue: the count term is 1, the colour term 1 - |2 - 1| / 2
+        "detections": [CAT, {**CAT, "color": "blue", "score": 0.5}],
+        "metadata": {"tag": "colors", "include": [{"class": "cat", "count": 2, "color": "red"}]},
+        "official": {"correct": False, "kept": {"cat": [[*SQUARE, 0.75], [*SQUARE, 0.5]]}},
+        "server": {"strict": False, "score": 0.75},
+    },
+]
+KNOWN = [*VECTORS, *({"options": {}} | case for case in BY_HAND)]
 
 
 def agrees(vector):
@@ -71,13 +78,27 @@ def judge_with_strict_exclude(detections, metadata, **options):
     )
 
 
-relations_of, keep_boxes, exceeded = rule.relations_of, rule.keep_boxes, rule.exceeded
+def first_boxes_kept(detections, threshold, most, overlap):
+    by_class = {}
+    for found in detections:
+        by_class.setdefault(found["class"], []).append(found)
+    return keep_boxes([found for boxes in by_class.values() for found in boxes[:most]], threshold, most, overlap)
+
+
+def server_reads_top_boxes(clause, found, *rest):
+    return server_clause(clause, found[: clause["count"]], *rest)
+
+
+relations_of, keep_boxes, exceeded, every_pair = rule.relations_of, rule.keep_boxes, rule.exceeded, rule.every_pair
+server_clause, count_color = rule.server_clause, rule.count_color
 MUTANTS = {
     "threshold kept at equality": ("above", lambda scores, t: scores >= np.float32(t)),
     "threshold in float64": ("above", lambda scores, t: scores.astype(float) > t),
     "0.3 for counting too": ("threshold_for", lambda metadata, numbers: numbers.threshold),
     "no cap on boxes": ("keep_boxes", lambda found, t, cap, most: keep_boxes(found, t, 10**6, most)),
     "suppression ignored": ("suppress", lambda ranked, most: list(ranked)),
+    "first boxes kept, not the most confident": ("keep_boxes", first_boxes_kept),
+    "boxes of the least confidence first": ("keep_boxes", lambda *a: {n: b[::-1] for n, b in keep_boxes(*a).items()}),
     "overlap without + 1": ("pixels", lambda box: np.prod(np.maximum(box[2:] - box[:2], 0))),
     "every kept box looked at": ("looked_at", lambda boxes, count: list(boxes)),
     "least confident boxes looked at": ("looked_at", lambda boxes, count: list(boxes[-count:])),
@@ -87,11 +108,20 @@ MUTANTS = {
     "strongest relation only": ("relations_of", lambda d: {max(margins(d), key=margins(d).get)} & relations_of(d)),
     "above and below swapped": ("relations_of", lambda d: relations_of(d * np.array([1, -1]))),
     "one pair is enough": ("every_pair", some_pair),
+    "object and reference swapped": ("every_pair", lambda name, a, b, t: every_pair(name, b, a, t)),
+    "dead zone of half the sizes": ("relative_position", lambda a, b, t: relative_position(a, b, t / 2)),
+    "one right colour is enough": ("count_color", lambda found, c: len(found) * bool(count_color(found, c))),
+    "colour ignored": ("count_color", lambda found, color: len(found)),
     "exclude ignored": ("exceeded", lambda kept, exclude: False),
     "exclude beyond its count": (
         "exceeded",
         lambda kept, exclude: exceeded(kept, [{**clause, "count": clause["count"] + 1} for clause in exclude]),
     ),
+    "every exclude clause must be exceeded": (
+        "exceeded",
+        lambda kept, exclude: bool(exclude) and all(exceeded(kept, [clause]) for clause in exclude),
+    ),
+    "server looks at the most confident boxes only": ("server_clause", server_reads_top_boxes),
     "strict reads exclude": ("judge", judge_with_strict_exclude),
     "missed position scores 0": ("released_position_terms", rule.fixed_position_terms),
     "count term clamped": ("closeness", lambda found, count: max(1 - abs(count - found) / count, 0)),

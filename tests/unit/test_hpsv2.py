@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from reward_funcs import _open_clip, hpsv2
+from reward_funcs._weights import read_tensors
 
 # One-letter words, so that the tokenizer needs no merges.
 WORDS = ["c</w>", "d</w>", "a</w>", "<|startoftext|>", "<|endoftext|>"]
@@ -207,10 +208,10 @@ def test_checkpoint_is_found_by_version_and_read_without_pickled_code(tmp_path, 
     torch.save({"state_dict": Scripted()}, tmp_path / "HPS_v2.1_compressed.pt")
     assert hpsv2.checkpoint_path(str(tmp_path), "2.0") == tmp_path / "HPS_v2_compressed.pt"
     for path in (hpsv2.checkpoint_path(str(tmp_path), "2.0"), tmp_path / "mine.safetensors"):
-        read = hpsv2.open_clip_state(path)
+        read = read_tensors(path)
         assert all(torch.equal(read[key], value) for key, value in state.items())
     with pytest.raises(Exception, match="Weights only load failed"):
-        hpsv2.open_clip_state(hpsv2.checkpoint_path(str(tmp_path), "2.1"))
+        read_tensors(hpsv2.checkpoint_path(str(tmp_path), "2.1"))
 
 
 class Scripted:

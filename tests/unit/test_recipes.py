@@ -23,6 +23,7 @@ from gcpo_trl.rewards import load_reward
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 JANUS = [path for path in RECIPES if path.name.startswith("janus")]
+METADATA = '{"tag": "single_object", "include": [{"class": "cat", "count": 1}]}'
 CPU = ["--use_cpu", "true"]  # the Janus recipes ask for bf16, which TRL allows on a GPU or where a CPU is asked for
 
 # GCPO, Table 5: learning rate, beta, images a prompt, guidance, prompts a GPU, steps, accumulation, clip of the weight
@@ -39,7 +40,7 @@ every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.st
 @pytest.fixture
 def prompts_file(tmp_path):
     file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": p, "metadata": "{}"}) + "\n" for p in PROMPTS * 16))
+    file.write_text("".join(json.dumps({"prompt": p, "metadata": METADATA}) + "\n" for p in PROMPTS * 16))
     return file
 
 

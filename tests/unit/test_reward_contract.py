@@ -1,6 +1,7 @@
 """Every file of reward_funcs, also one added tomorrow: a plain `reward`, independent of gcpo_trl, cheap to import."""
 
 import ast
+import asyncio
 import importlib
 import inspect
 import subprocess
@@ -36,7 +37,7 @@ def executed_on_import(node):
 
 
 def test_the_rewards_are_found():
-    assert {"geneval", "hpsv2", "shapes"} <= set(PUBLIC)
+    assert {"geneval", "hpsv2", "ocr", "reconstruction", "remote", "shapes"} <= set(PUBLIC)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -52,8 +53,10 @@ def test_reward_takes_prompts_completions_and_columns(name):
 def test_an_image_that_failed_has_no_reward(name):
     # None becomes advantage zero; a 0 would teach that the prompt is hopeless. No model is needed to say so.
     metadata = ['{"tag": "single_object", "include": [{"class": "cat", "count": 1}]}']
+    columns = {"metadata": metadata, "target": [None], "completion_ids": [[1]]}
     reward = importlib.import_module(f"reward_funcs.{name}").reward
-    assert reward(prompts=["a photo of a cat"], completions=[None], metadata=metadata, completion_ids=[[1]]) == [None]
+    answer = reward(prompts=["a photo of a cat"], completions=[None], **columns)
+    assert (asyncio.run(answer) if inspect.iscoroutine(answer) else answer) == [None]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -3,14 +3,17 @@
 import asyncio
 import inspect
 import math
+import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 import reward_funcs.shapes
-from gcpo_trl.rewards import check_rewards, load_reward
+from gcpo_trl.rewards import ask_rewards, check_rewards, load_reward, place_rewards
+from reward_funcs._runtime import reward_device
 
 IMAGES = ["first", "second"]
 
@@ -96,6 +99,25 @@ def test_loading_twice_checks_once_more_and_keeps_the_name():
     assert reward.__name__ == "shapes"
 
 
+# what a reward says of the dataset
+
+
+def test_a_reward_looks_at_each_dataset_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        sys.modules[__name__], "check_rows", lambda dataset: seen.append(dataset["bonus"][0]), raising=False
+    )
+    one, two = (Dataset.from_dict({"bonus": [value]}) for value in (1, 2))
+    rewards = [load_reward(reward) for reward in (lengths, answering([0.5]), "shapes", torch.nn.Linear(1, 1))]
+    ask_rewards(
+        rewards, {"one": one, "two": two}
+    )  # two of the rewards are of this file; the others have nothing to say
+    assert seen == [1, 2]
+    for unread in (None, one.to_iterable_dataset(), [{"bonus": 3}]):
+        ask_rewards(rewards, unread)
+    assert seen == [1, 2]
+
+
 # answers
 
 
@@ -166,3 +188,14 @@ def test_check_rewards_leaves_its_argument_alone():
     rewards = [1, None]
     assert check_rewards("r", rewards, 2) == [1.0, None]
     assert rewards == [1, None]
+
+
+# where their models load
+
+
+def test_rewards_that_are_placed_load_there(monkeypatch):
+    monkeypatch.setenv("GCPO_REWARD_DEVICE", "cuda:3")
+    place_rewards("auto")  # leaves it to the environment
+    assert reward_device("auto") == "cuda:3"
+    place_rewards("cuda:1")
+    assert reward_device("auto") == "cuda:1" and reward_device("cpu") == "cpu"

@@ -40,6 +40,7 @@ def critical_tokens(
     combine: str = "disjoint",
     window: tuple[float, float] = (0.1, 0.9),
     complement: bool = False,
+    least: int = 0,
 ) -> dict[str, Bool[Tensor, "batch seq"]]:
     """The mask of each strategy under its name, and their union under "critical"; True means: trains.
 
@@ -50,8 +51,10 @@ def critical_tokens(
                 every image. "union": each picks from all tokens and they may overlap, as Eq. 6 is printed
     window      for strategies that take one; (0, 1) is the paper, (0.1, 0.9) the authors' code
     complement  "critical" is the valid tokens that were not picked
+    least       tokens a strategy picks at least where a row has them: 1 for texts, which may be short. With 0, as
+                published for images of one size, a row shorter than 1 / fraction gets none from that strategy
 
-    Rows count their own valid tokens, so a row shorter than 1 / fraction gets none from that strategy.
+    Rows count their own valid tokens.
 
     Gradient: none.
     """
@@ -63,8 +66,8 @@ def critical_tokens(
     masks: dict[str, Tensor] = {}
     for name, select, share in plan:
         options = {"window": window} if "window" in inspect.signature(select).parameters else {}
-        picked = select(signals, eligible, floor_share(share, tokens), **options)
-        masks[name] = _checked(name, picked, share, signals.valid)
+        picked = select(signals, eligible, floor_share(share, tokens).clamp(min=least), **options)
+        masks[name] = _checked(name, picked, share, signals.valid, least)
         if combine == "disjoint":
             eligible = eligible & ~picked
     critical = torch.stack(list(masks.values())).any(dim=0) & signals.valid
@@ -135,14 +138,16 @@ def _fractions(names: list[str], fraction: Fractions) -> list[float]:
     return [fraction] * len(names)
 
 
-def _checked(name: str, picked: Any, share: float, valid: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
+def _checked(
+    name: str, picked: Any, share: float, valid: Bool[Tensor, "batch seq"], least: int
+) -> Bool[Tensor, "batch seq"]:
     """`picked` if it is a mask and, where even a full row would get no token, is not empty all the same."""
     if not isinstance(picked, Tensor) or picked.dtype != torch.bool or picked.shape != valid.shape:
         seen = f"{picked.dtype} {tuple(picked.shape)}" if isinstance(picked, Tensor) else type(picked).__name__
         raise ValueError(f"strategy {name!r} returned {seen}; it must return a bool mask of shape {tuple(valid.shape)}")
     seq = valid.shape[-1]
     # Looks into the masks only then, since that waits for the device. Not an error: `everything`, a batch of padding.
-    if floor_share(share, seq) == 0 and valid.any() and not picked.any():
+    if max(least, floor_share(share, seq)) == 0 and valid.any() and not picked.any():
         enough = math.ceil(1e6 / seq) / 1e6
         raise ValueError(f"fraction={share} of {name!r} keeps 0 of {seq} tokens; raise it to at least {enough:g}")
     return picked
