@@ -73,7 +73,7 @@ def _forward(options: argparse.Namespace) -> Callable[[], int]:
 
 def _whole(source: Checkpoint, options: argparse.Namespace) -> LlamaGenForImageGeneration:
     config = transformer_config(source, options.heads, options.grid)
-    config.text_encoder = options.text_encoder
+    config.caption_encoder = options.text_encoder
     model = import_transformer(source, config)
     if options.vq:
         vqmodel = import_tokenizer(read_checkpoint(options.vq), options.grid)

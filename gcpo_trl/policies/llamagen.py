@@ -47,13 +47,13 @@ class LlamaGenPolicy:
         self.num_tokens = self.grid[0] * self.grid[1]
         self.text_encoder = text_encoder
         if text_encoder is None and config.condition != CLASS:
-            name = resolve(config.text_encoder, getattr(config, "_name_or_path", ""))
-            config.text_encoder = name  # a checkpoint of this run lies elsewhere and must find it too
+            name = resolve(config.caption_encoder, getattr(config, "_name_or_path", ""))
+            config.caption_encoder = name  # a checkpoint of this run lies elsewhere and must find it too
             self.text_encoder = TextEncoder(name, config.condition_tokens)
 
     def set_generation(self, guidance_scale: float) -> None:
-        """Note in the configuration how images are drawn, for whoever loads a checkpoint."""
-        self.model.config.guidance_scale = guidance_scale
+        """Note how images are drawn, for whoever loads a checkpoint."""
+        self.model.generation_config.guidance_scale = guidance_scale
 
     # encode
 

@@ -59,7 +59,7 @@ def build_model(tokenizer: JanusVQVAE, hidden_size: int, layers: int, heads: int
         condition_tokens=CAPTION_TOKENS,
         caption_dim=CAPTION_DIM,
         grid_size=tokenizer.config.num_patches,
-        text_encoder=TEXT_ENCODER,
+        caption_encoder=TEXT_ENCODER,
         vq_config=vq_config,
     )
     model = LlamaGenForImageGeneration(config)

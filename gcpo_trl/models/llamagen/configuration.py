@@ -39,13 +39,16 @@ class LlamaGenConfig(LlamaConfig):
 
     condition: "text" (a prefix of ``condition_tokens`` text-encoder features, ``caption_dim`` wide) or "class" (one of
     ``num_classes``; the prefix is one token). grid_size: side of the token grid, pixels / 16.
-    text_encoder: the T5 whose features are the prefix, by id or path; it is no part of the model.
+    caption_encoder: the T5 whose features are the prefix, by id or path; it is no part of the model.
     token_dropout, resid_dropout, ffn_dropout: 0.1 in pre-training, and 0 here, because a policy that is scored must be
     the policy that was sampled. vq_config: None for a model without image tokenizer, which gives codes, no images.
     """
 
     model_type = "llamagen"
     sub_configs: ClassVar[dict[str, Any]] = {"vq_config": LlamaGenVQConfig}
+    # TRL reads these two of every model that comes with a processor or is not transformers' own.
+    auto_map: ClassVar[dict[str, str]] = {}
+    image_token_id: ClassVar[int] = -1
 
     vocab_size: int = 16384
     hidden_size: int = 1280
@@ -60,7 +63,7 @@ class LlamaGenConfig(LlamaConfig):
     caption_dim: int = 2048
     num_classes: int = 1000
     grid_size: int = 16
-    text_encoder: str = "google/flan-t5-xl"
+    caption_encoder: str = "google/flan-t5-xl"
     token_dropout: float | int = 0.0
     resid_dropout: float | int = 0.0
     ffn_dropout: float | int = 0.0

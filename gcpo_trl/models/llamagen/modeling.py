@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaModel, LlamaPreTrainedModel
+from transformers import GenerationMixin, LlamaModel, LlamaPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -134,7 +134,7 @@ class LlamaGenModel(LlamaModel):
         return super().forward(inputs_embeds=self.token_dropout(inputs_embeds), attention_mask=attention_mask, **kwargs)
 
 
-class LlamaGenForImageGeneration(LlamaPreTrainedModel):
+class LlamaGenForImageGeneration(LlamaPreTrainedModel, GenerationMixin):
     """Body, head over the image codes, and the image tokenizer where the checkpoint has one."""
 
     config: LlamaGenConfig
@@ -182,6 +182,13 @@ class LlamaGenForImageGeneration(LlamaPreTrainedModel):
         if labels is not None:
             loss = F.cross_entropy(logits[:, : labels.shape[1]].flatten(0, 1), labels.flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Not transformers' loop, which knows neither guidance between two prefixes nor images."""
+        raise NotImplementedError(
+            "LlamaGen draws with gcpo_trl: `gcpo sample --family llamagen`, or gcpo_trl.rollout.sample on the policy of "
+            "gcpo_trl.policies.adapt(model, processor)"
+        )
 
     def decode_image_tokens(self, tokens: Tensor) -> Tensor:
         """Pixels ``(batch, 3, side, side)``, about [-1, 1] and not clamped, of code ids ``(batch, seq)``."""

@@ -72,7 +72,7 @@ def load_t5(name: str, device: torch.device) -> T5EncoderModel:
     except OSError as error:
         raise FileNotFoundError(
             f"the text encoder {name!r} is neither a folder nor downloadable here: run `hf download google/flan-t5-xl "
-            "--local-dir DIR` where there is a network and set text_encoder in the model's config.json to DIR"
+            "--local-dir DIR` where there is a network and set caption_encoder in the model's config.json to DIR"
         ) from error
 
 
