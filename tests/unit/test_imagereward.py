@@ -68,7 +68,8 @@ def released_state():
         if name.endswith(("weight", "cls_token", "pos_embed")):
             state[f"blip.{name}"] = torch.randn(shape)
         else:
-            state[f"blip.{name}.weight"] = torch.randn(shape) * 0.7
+            # Words reach the first token by self-attention alone, so that it counts.
+            state[f"blip.{name}.weight"] = torch.randn(shape) * (3.0 if ".attention." in name else 0.7)
             state[f"blip.{name}.bias"] = torch.randn(shape[0]) * 0.7
     widths = [NARROW, 6, 5, 4, 3, 1]
     for name, wide, narrow in zip((0, 2, 4, 6, 7), widths[:-1], widths[1:], strict=True):
@@ -178,7 +179,7 @@ def test_another_prompt_or_picture_changes_the_score_and_batches_do_not(scorer):
         imagereward.reward(prompts[1:] + prompts[:1], images, scorer),
         imagereward.reward(prompts, images[1:] + images[:1], scorer),
     ):
-        assert all(abs(mine - theirs) > 1e-3 for mine, theirs in zip(together, other, strict=True))
+        assert all(abs(mine - theirs) > 1e-2 for mine, theirs in zip(together, other, strict=True))
 
 
 def test_missing_and_foreign_weights_are_errors_that_name_them(state):
