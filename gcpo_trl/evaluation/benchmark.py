@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from PIL import Image
 
 from ..checks import check_count
 from ..plugins import resolve
 from ..prompts import load
-from ..rewards import load_reward
+from ..rewards import load_rewards
 
 PACKAGE = "gcpo_trl.evaluation.benchmarks"
 TASK_COLUMNS = ("task", "style", "category", "tag")  # of a file of prompts, in this order, in any case
@@ -96,16 +97,15 @@ def from_rewards(
     name: str, rows: Sequence[Row], tasks: Sequence[str], rewards: Sequence[Any], images_a_prompt: int, **more: Any
 ) -> Benchmark:
     """A benchmark whose every task is judged by these rewards."""
-    judge, labels = rewards_judge(rewards)
+    judge, labels = rewards_judge(rewards, rows)
     judges = dict.fromkeys(tasks, judge)
     return Benchmark(name, ", ".join(labels), rows, tasks, judges, images_a_prompt, **more)
 
 
-def rewards_judge(rewards: Sequence[Any]) -> tuple[Judge, list[str]]:
-    """A judge that asks rewards, as training does, and what their numbers are called."""
+def rewards_judge(rewards: Sequence[Any], rows: Sequence[Row]) -> tuple[Judge, list[str]]:
+    """A judge that asks rewards, as training does, and what their numbers are called. They look at the rows first."""
     functions: dict[str, Callable[..., Any]] = {}
-    for reward in rewards:
-        function = load_reward(reward)
+    for function in load_rewards(list(rewards), Dataset.from_list(list(rows))):
         if isinstance(function, torch.nn.Module):
             raise TypeError(f"reward {type(function).__name__} is a torch module, which scores text; name a function")
         if function.__name__ in functions:

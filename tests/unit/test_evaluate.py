@@ -200,6 +200,7 @@ def test_a_broken_picture_is_named(tmp_path):
         (["--benchmark", "compbench", "--out", "a.json"], "write --prompts color_val.txt"),
         (["--prompts", "a.txt"], "shapes has its own prompts"),
         (["--rewards", "shape"], "did you mean 'shapes'"),
+        (["--rewards", "ocr"], "quote"),
         (["--rewards", "tiny:redness", "tiny:redness"], "two rewards are called 'redness'"),
         (["--images-a-prompt", "0"], "--images-a-prompt"),
         (["--limit", "0"], "--limit"),
@@ -281,7 +282,7 @@ def test_hpsv2_reads_styles_and_is_published_times_100(tmp_path, monkeypatch):
     for style in ("anime", "concept-art", "paintings", "photo"):
         (tmp_path / f"{style}.json").write_text(json.dumps([f"{style} {i}" for i in range(3)]))
     monkeypatch.setenv("HPSV2_VERSION", "2.0")
-    monkeypatch.setattr(reward_funcs.hpsv2, "cosines", lambda scorer, images, texts: [0.25] * len(texts))
+    monkeypatch.setattr(reward_funcs.hpsv2, "scores", lambda scorer, images, texts: [0.25] * len(texts))
     benchmark = choose("hpsv2", [tmp_path])
     assert list(dict.fromkeys(benchmark.tasks)) == ["anime", "concept-art", "paintings", "photo"]
     assert (benchmark.images_a_prompt, benchmark.groups_of, benchmark.label) == (1, 80, "HPSv2 (v2.0)")
@@ -294,7 +295,7 @@ def test_hpsv2_reads_styles_and_is_published_times_100(tmp_path, monkeypatch):
 def test_drawbench_is_the_mean_of_all_prompts(tmp_path, monkeypatch):
     file = tmp_path / "drawbench.csv"
     file.write_text("Prompts,Category\na cat,Colors\na dog,Colors\na cow,Colors\ntwo cats,Counting\n")
-    monkeypatch.setattr(reward_funcs.hpsv2, "cosines", lambda scorer, images, texts: [0.2] * len(texts))
+    monkeypatch.setattr(reward_funcs.hpsv2, "scores", lambda scorer, images, texts: [0.2] * len(texts))
     benchmark = choose("drawbench", [file])
     assert benchmark.tasks == ["Colors", "Colors", "Colors", "Counting"]
     rows = by_prompt(benchmark, [{"hpsv2": value} for value in (0.1, 0.2, 0.3, 0.6)])
@@ -335,8 +336,8 @@ def test_columns_reach_the_reward_and_asynchronous_ones_are_awaited():
     async def later(prompts, completions, color, **columns):
         return [f"{prompt}{c}".count("a") for prompt, c in zip(prompts, color, strict=True)]
 
-    judge, labels = rewards_judge([later])
     rows = [{"prompt": "a cat", "color": "black"}, {"prompt": "dog", "color": "red"}]
+    judge, labels = rewards_judge([later], rows)
     assert judge(rows, [None, None]) == {"later": [3.0, 0.0]} and labels == ["later"]
 
 

@@ -45,9 +45,9 @@ def benchmark(prompts: Sequence[Path], rewards: Sequence[Any]) -> Benchmark:
     for file in prompts:
         if file.stem in judges:
             raise ValueError(f"two files of prompts are called {file.stem!r}, which names their task; rename one")
-        judges[file.stem], names = rewards_judge(rewards or [reward_of(file)])
-        labels += names
         read = load(file)
+        judges[file.stem], names = rewards_judge(rewards or [reward_of(file)], read)
+        labels += names
         rows += read
         tasks += [file.stem] * len(read)
     return Benchmark("compbench", ", ".join(dict.fromkeys(labels)), rows, tasks, judges, IMAGES_A_PROMPT)
