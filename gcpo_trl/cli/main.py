@@ -15,7 +15,7 @@ COMMANDS = {
     "train": "train as a recipe says: gcpo train RECIPE.yaml [--key value ...]",
     "sample": "draw images for prompts: gcpo sample --prompt 'a photo of a red circle' --out samples.png",
     "prompts": "write GenEval's prompts, or training prompts that avoid them: gcpo prompts geneval --out FILE.jsonl",
-    "evaluate": "score a model on held-out prompts of the shapes world",
+    "evaluate": "score a model on a benchmark, or compare runs: gcpo evaluate --benchmark geneval --out report.json",
     "demo": "train on the shapes world and show what was learnt",
     "learn": "compare GRPO, GCPO and its ablations on the shapes world",
     "doctor": "check this installation, or count a recipe's memory: gcpo doctor [--memory RECIPE.yaml]",
