@@ -223,9 +223,11 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             top_p=self.top_p,
             batch_size=args.rollout_batch_size,
             entropy_from=args.select_entropy_from,
+            backend=args.rollout_backend,
         )
+        progress = not args.disable_tqdm and self.accelerator.is_main_process
         try:
-            return sample(self.policy, prompts, seed, indices, sampling)
+            return sample(self.policy, prompts, seed, indices, sampling, progress)
         except FloatingPointError as error:
             where = first_non_finite(self._plain(self.model))
             raise FloatingPointError(f"step {self.state.global_step}: {error}; {where}") from error

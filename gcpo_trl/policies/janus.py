@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoProcessor, JanusForConditionalGeneratio
 from transformers.utils import ModelOutput
 
 from .base import NextLogits, PromptBatch
+from .decode_state import DecodeState, Generator, begin
 from .image_head import score_tokens
-from .llama_decoder import LlamaDecoder, positions
+from .llama_decoder import positions
 
 # Linear layers of each part, as a pattern behind its name. "q_proj" alone would also hit the vision tower.
 LORA_LAYERS = {
@@ -45,15 +46,6 @@ class ImageScores(ModelOutput):
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
     aux_loss: Tensor | None = None
-
-
-@dataclass
-class DecodeState:
-    """A decoder, conditional rows of the ``batch`` images first, and what the model reads of each image code."""
-
-    decoder: LlamaDecoder
-    table: Tensor
-    batch: int
 
 
 class JanusPolicy:
@@ -113,31 +105,25 @@ class JanusPolicy:
     # start / step
 
     @torch.no_grad()
-    def start(self, prompts: PromptBatch, rows: Tensor, guided: bool) -> tuple[DecodeState, NextLogits]:
+    def start(
+        self, prompts: PromptBatch, rows: Tensor, guided: bool, plain: bool = False, into: DecodeState | None = None
+    ) -> tuple[DecodeState, NextLogits]:
         """Prefill conditional and unconditional prompts once each, then copy their cache to the rows that need it."""
         ids = torch.cat([prompts.ids, prompts.unconditional_ids]) if guided else prompts.ids
         mask = prompts.mask.repeat(2, 1) if guided else prompts.mask
         rows = rows.to(ids.device)
         both = torch.cat([rows, rows + len(prompts.ids)]) if guided else rows
-        body = self.model.model.language_model
+        inner = self.model.model
+        embed = self.model.prepare_embeddings_for_image_generation
+        generator = Generator(inner.language_model, inner.generation_head, embed, self.token_table)
+        embeddings = inner.language_model.embed_tokens(ids)
         # The last token is drawn and not fed, so the cache has no place for it.
-        decoder = LlamaDecoder(body, body.embed_tokens(ids), mask, both, self.num_tokens - 1)
-        state = DecodeState(decoder, self.token_table(), len(rows))
-        return state, self._next(decoder.hidden, state)
+        return begin(generator, embeddings, mask, both, self.num_tokens - 1, guided, plain, into)
 
     @torch.no_grad()
     def step(self, state: DecodeState, tokens: Tensor) -> NextLogits:
         """One token a row; the unconditional rows see the same token."""
-        embeddings = state.table[tokens]
-        if len(state.decoder.hidden) > state.batch:
-            embeddings = embeddings.repeat(2, 1)
-        return self._next(state.decoder.step(embeddings), state)
-
-    def _next(self, hidden: Tensor, state: DecodeState) -> NextLogits:
-        logits = self.model.model.generation_head(hidden)
-        if len(logits) == state.batch:
-            return NextLogits(logits)
-        return NextLogits(logits[: state.batch], logits[state.batch :])
+        return state.step(tokens)
 
     # logits at given positions
 
