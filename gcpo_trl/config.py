@@ -89,7 +89,7 @@ class GCPOConfig(GRPOConfig):
         default=True,
         metadata={
             "help": "Keep gradients out of the weight. False reproduces the released code, which also moves tokens "
-            "that were not selected."
+            "that were not selected, and makes the image head and its gradient run over all tokens."
         },
     )
     reward_missing: str = field(

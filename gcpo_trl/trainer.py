@@ -44,6 +44,7 @@ from .policies import adapt, family_of
 from .resume import ExactResume
 from .rewards import load_rewards, place_rewards, without_partly_scored
 from .rollout import Rollout, Sampling, sample
+from .selected import selected_only, with_rollout_logps
 from .shapes.build import SHIPPED
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
     _token_table: Tensor | None = None
     _rewards: Tensor | None = None
     _image_log: ImageLog | None = None
-    _to_weight: dict[str, Any] | None = None
+    _in_loss: dict[str, Any] | None = None
     _eval_samples = 0
 
     def __init__(
@@ -273,7 +274,10 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         if self._image_log is not None and self.model.training:
             prompts = [row["prompt"] for row in inputs]
             self._image_log.show(self.state.global_step + 1, self._images, prompts, self._rewards, masks)
-        return trl_compat.with_critical_mask(self, batch, masks["critical"], self._valid(batch)) if masks else batch
+        if not masks:
+            return batch
+        batch = trl_compat.with_critical_mask(self, batch, masks["critical"], self._valid(batch))
+        return with_rollout_logps(batch, self._rollout, self._plain(self.model), self.args)
 
     def _critical(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The mask of each strategy and their union, "critical"; ``(batch, seq)`` each."""
@@ -350,7 +354,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss on advantages that the weight multiplies, token by token."""
         inputs = dict(inputs)  # the rollout buffer is used again when num_iterations > 1
-        self._to_weight = inputs if self.args.needs_weight else None
+        self._in_loss = inputs
         loss = super()._compute_loss(model, inputs)
         if self.policy.generates_images and not torch.isfinite(loss):  # on text GRPOTrainer goes on, as with fp16
             where = first_non_finite(self._plain(self.model))
@@ -359,9 +363,13 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Inside the loss, TRL reads the advantages after this call, so the weight sees the current policy."""
-        scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        inputs, self._to_weight = self._to_weight, None
-        if inputs is not None:
+        inputs, self._in_loss = self._in_loss, None
+        if inputs is None:
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        with selected_only(self.policy, self.args, inputs, self._entropy_bonus_enabled) as complete:
+            scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        scores = (complete(scores[0]), *scores[1:])
+        if self.args.needs_weight:
             valid = inputs["drawn_mask"] if "drawn_mask" in inputs else self._valid(inputs)
             weight = advantage_weight(
                 scores[0],

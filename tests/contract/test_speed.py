@@ -1,9 +1,14 @@
 """What is fast trains what is plain: engine against reference, selected positions against all of them."""
 
+import contextlib
+
 import pytest
 import torch
-from tiny import janus_trainer, record
+from tiny import disturb, janus_trainer, record
 from torch.testing import assert_close
+
+from gcpo_trl.policies.image_head import Scored
+from gcpo_trl.selected import LOGPS
 
 
 def trained(path, folder, **changes):
@@ -24,3 +29,67 @@ def test_training_with_the_engine_is_training_with_the_reference(tiny_janus, tmp
     assert_close(fast.losses, plain.losses, rtol=0, atol=1e-6)
     for name, weight in weights.items():
         assert_close(weight, expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+SELECTED = {
+    "published": {},
+    "no weight": {"weight_form": "none", "beta": 0.0},
+    "one update later": {"num_iterations": 2},
+    "one update later, no weight": {"num_iterations": 2, "weight_form": "none"},
+    "sequence ratios": {"num_iterations": 2, "importance_sampling_level": "sequence", "loss_type": "grpo"},
+    "entropy bonus": {"entropy_coef": 0.05},
+    "high entropy": {"top_entropy_quantile": 0.5},
+}
+
+
+def first_updates(path, folder, monkeypatch=None, **changes):
+    """Losses, gradients and logs of two updates of a disturbed policy, and how many positions the head scored."""
+    trainer = janus_trainer(path, folder, max_steps=2, **changes)
+    disturb(trainer.model)
+    rows = []
+    if monkeypatch is not None:
+
+        @contextlib.contextmanager
+        def everywhere(policy, *_):
+            policy.scored = Scored()
+            yield lambda logps: logps
+
+        monkeypatch.setattr("gcpo_trl.trainer.selected_only", everywhere)
+    head = trainer.model.model.generation_head
+    head.register_forward_hook(lambda module, args, out: rows.append(len(out)) if torch.is_grad_enabled() else None)
+    kept = record(trainer)
+    trainer.train()
+    return kept, rows, trainer.state.log_history
+
+
+@pytest.mark.parametrize("changes", SELECTED.values(), ids=SELECTED.keys())
+def test_a_loss_on_the_selected_positions_is_the_loss_on_all_of_them_masked(tiny_janus, tmp_path, monkeypatch, changes):
+    part, few, log = first_updates(tiny_janus, tmp_path, **changes)
+    whole, many, expected = first_updates(tiny_janus, tmp_path, monkeypatch, **changes)
+    assert few == [4 * 24] * len(few) and many == [4 * 81] * len(many)
+    assert_close(part.losses, whole.losses, rtol=0, atol=1e-6)
+    for one, other in zip(part.gradients, whole.gradients, strict=True):
+        assert one.keys() == other.keys()
+        for name, gradient in one.items():
+            assert (gradient - other[name]).norm() <= 1e-6 + 1e-5 * other[name].norm(), name
+    for one, other in zip(log[:2], expected[:2], strict=True):
+        for name in ("entropy", "kl", "gcpo/weight/mean", "clip_ratio/region_mean"):
+            assert_close(one.get(name, 0.0), other.get(name, 0.0), rtol=1e-4, atol=1e-5)
+
+
+def test_log_probabilities_come_from_the_rollout_only_while_they_can(tiny_janus, tmp_path):
+    first = record(one := janus_trainer(tiny_janus, tmp_path))
+    one.train()
+    assert torch.equal(first.batches[0][LOGPS], one._rollout.logps)
+    for changes in ({"num_iterations": 2}, {"bf16": True}, {"weight_detach": False}, {"weight_form": "none"}):
+        kept = record(other := janus_trainer(tiny_janus, tmp_path, **changes))
+        other.train()
+        assert LOGPS not in kept.batches[0], changes
+
+
+def test_the_text_head_has_no_gradient_and_no_optimizer_state(tiny_janus, tmp_path):
+    trainer = janus_trainer(tiny_janus, tmp_path)
+    trainer.train()
+    assert trainer.model.lm_head.weight.grad is None and not trainer.model.lm_head.weight.requires_grad
+    held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert id(trainer.model.lm_head.weight) not in held and len(held) > 10
