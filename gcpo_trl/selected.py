@@ -23,10 +23,11 @@ def with_rollout_logps(batch: dict[str, Any], rollout: Any, model: Any, args: An
     """The batch with the log-probabilities seen while sampling, where they can stand for those of the loss.
 
     Not in half precision: there the two differ by more than rounding, and a policy that has not moved yet would not
-    have the weight 1. Not once an update lies between rollout and loss, which TRL marks by ``old_per_token_logps``.
+    have the weight 1. Not for the linear weight, which is exactly 0 at the start, where AdamW would make steps of any
+    rounding. Not once an update lies between rollout and loss, which TRL marks by ``old_per_token_logps``.
     """
     half = args.bf16 or args.fp16 or any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
-    wanted = args.needs_weight and args.weight_detach and "old_per_token_logps" not in batch
+    wanted = args.weight_form == "exp" and args.weight_detach and "old_per_token_logps" not in batch
     return {**batch, LOGPS: rollout.logps} if wanted and rollout is not None and not half else batch
 
 
