@@ -46,13 +46,14 @@ from .rewards import load_rewards, place_rewards, without_partly_scored
 from .rollout import Rollout, Sampling, sample
 from .selected import selected_only, with_rollout_logps
 from .shapes.build import SHIPPED
+from .timing import Timed
 
 logger = logging.getLogger(__name__)
 
 EVAL_SEED_OFFSET = 7_919  # keeps evaluation images apart from training images of the same seed
 
 
-class GCPOTrainer(ExactResume, GRPOTrainer):
+class GCPOTrainer(Timed, ExactResume, GRPOTrainer):
     """`trl.GRPOTrainer` that trains image (and text) policies on critical tokens with a dynamic advantage weight.
 
     Takes GRPOTrainer's arguments; ``args`` is a `GCPOConfig`. A plain `GRPOConfig` trains exactly as GRPOTrainer would.
@@ -198,8 +199,11 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """Draw one image a prompt; TRL sees token ids and a label, the pictures wait for the rewards."""
-        if self.policy is None or not self.policy.generates_images:
-            return super()._generate(prompts)
+        with self._timed("rollout"):
+            images = self.policy is not None and self.policy.generates_images
+            return self._draw(prompts) if images else super()._generate(prompts)
+
+    def _draw(self, prompts: list[Any]) -> tuple[Any, ...]:
         start = time.perf_counter()
         seed, indices = self._sample_indices(len(prompts))
         with trl_compat.generation_context(self):

@@ -1,12 +1,16 @@
 """What is fast trains what is plain: engine against reference, selected positions against all of them."""
 
 import contextlib
+import gzip
+import json
 
 import pytest
 import torch
-from tiny import disturb, janus_trainer, record
+from tiny import disturb, janus_trainer, record, settings, text_prompts
 from torch.testing import assert_close
 
+from gcpo_trl import GCPOTrainer
+from gcpo_trl.cli.train import Trace
 from gcpo_trl.policies.image_head import Scored
 from gcpo_trl.selected import LOGPS
 
@@ -93,3 +97,36 @@ def test_the_text_head_has_no_gradient_and_no_optimizer_state(tiny_janus, tmp_pa
     assert trainer.model.lm_head.weight.grad is None and not trainer.model.lm_head.weight.requires_grad
     held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     assert id(trainer.model.lm_head.weight) not in held and len(held) > 10
+
+
+TIMES = ("rollout", "reward", "reference", "update")
+
+
+def test_every_run_says_where_its_time_went(tiny_janus, tmp_path):
+    trainer = janus_trainer(tiny_janus, tmp_path, gradient_accumulation_steps=2, max_steps=2)
+    trainer.train()
+    for entry in trainer.state.log_history[:2]:
+        times = {name: entry[f"gcpo/time/{name}"] for name in TIMES}
+        assert all(seconds > 0 for seconds in times.values())
+        # One generation of 8 images and two micro-batches fill most of what TRL calls the step.
+        assert 0.7 * entry["step_time"] < sum(times.values()) <= entry["step_time"]
+
+
+def test_text_models_are_timed_too(tiny_text, tmp_path):
+    args = settings(tmp_path, max_completion_length=6, select_fraction=0.25)
+    trainer = GCPOTrainer(
+        tiny_text, [lambda completions, **_: [float(len(c)) for c in completions]], args, text_prompts()
+    )
+    trainer.train()
+    assert all(trainer.state.log_history[0][f"gcpo/time/{name}"] > 0 for name in TIMES)
+
+
+@pytest.mark.parametrize(("steps", "traced"), [(1, "step-000001"), (3, "step-000002")])
+def test_a_trace_is_of_one_whole_step(tiny_janus, tmp_path, steps, traced):
+    trainer = janus_trainer(tiny_janus, tmp_path, max_steps=steps)
+    trainer.add_callback(Trace)
+    trainer.train()
+    [file] = (tmp_path / "profile").iterdir()
+    assert file.name == f"{traced}.json.gz"
+    names = {event.get("name") for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]}
+    assert {"aten::baddbmm", "aten::searchsorted", "autograd::engine::evaluate_function: MmBackward0"} <= names
