@@ -3,7 +3,7 @@
     gcpo/time/rollout      drawing the images, VQ decoding included
     gcpo/time/reward       the reward functions
     gcpo/time/reference    scoring without gradient: the reference, and the policy itself where TRL asks for it
-    gcpo/time/update       forward and backward of the loss, over all micro-batches of a step
+    gcpo/time/update       forward and backward of the loss, over all micro-batches of a step, and choosing its tokens
 
 Seconds a generation, or a step for update; the mean over ranks. What is left of TRL's ``step_time`` is bookkeeping.
 """
@@ -16,15 +16,33 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Timed:
-    """Base of a GRPOTrainer whose ``_log_ratio`` logs a sum over a count."""
+    """Base of a GRPOTrainer that logs sums over counts, its seconds among them."""
 
+    model: Any
+    accelerator: Any
+    _metrics: Any
     _step: int
     current_gradient_accumulation_steps: int
-    _log_ratio: Any
     _passes = _generating = _updating = 0.0  # seconds so far of what the names of the metrics say
+
+    def _log_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Mean over the True positions of ``mask``, on all ranks."""
+        self._log_ratio(name, (values.detach().float() * mask).sum(), mask.sum())
+
+    def _log_ratio(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """``total`` over ``count``, each summed over all ranks before; NaN, which TRL leaves out, where nothing counts.
+
+        Ranks may count differently, so a mean of their means would be another number.
+        """
+        device = self.accelerator.device
+        sums = torch.stack([torch.as_tensor(one, dtype=torch.float32, device=device) for one in (total, count)])
+        above, below = self.accelerator.reduce(sums, reduction="sum").tolist()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][name].append(above / below if below else float("nan"))
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -386,20 +386,3 @@ class GCPOTrainer(Timed, ExactResume, GRPOTrainer):
             inputs["advantages"] = inputs["advantages"][:, None] * weight
             self._log_mean("gcpo/weight/mean", weight, self._valid(inputs))
         return scores
-
-    # metrics
-
-    def _log_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Mean over the True positions of ``mask``, on all ranks."""
-        self._log_ratio(name, (values.detach().float() * mask).sum(), mask.sum())
-
-    def _log_ratio(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        """``total`` over ``count``, each summed over all ranks before; NaN, which TRL leaves out, where nothing counts.
-
-        Ranks may count differently, so a mean of their means would be another number.
-        """
-        device = self.accelerator.device
-        sums = torch.stack([torch.as_tensor(one, dtype=torch.float32, device=device) for one in (total, count)])
-        above, below = self.accelerator.reduce(sums, reduction="sum").tolist()
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode][name].append(above / below if below else float("nan"))
