@@ -13,6 +13,7 @@ from trl import GRPOConfig
 from .checks import check_count, check_device
 from .objective.selection import COMBINE, load
 from .objective.weighting import FORMS
+from .rollout import BACKENDS
 
 ENTROPY_SOURCES = ("guided", "conditional")
 SIMILARITY_SPACES = ("aligner", "codebook")
@@ -88,7 +89,7 @@ class GCPOConfig(GRPOConfig):
         default=True,
         metadata={
             "help": "Keep gradients out of the weight. False reproduces the released code, which also moves tokens "
-            "that were not selected."
+            "that were not selected, and makes the image head and its gradient run over all tokens."
         },
     )
     reward_missing: str = field(
@@ -110,6 +111,14 @@ class GCPOConfig(GRPOConfig):
         default=0,
         metadata={
             "help": "Images sampled at once on a device; 0 means the whole generation batch. Does not change images."
+        },
+    )
+    rollout_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "How images are sampled, not which: 'eager' is the fast path; 'graph' the same as CUDA graphs, "
+            "whose caches of keys and values stay between rollouts; 'auto' takes graphs on CUDA where they can be "
+            "captured and else 'eager'; 'reference' is transformers' forward at every token, slow, to compare with."
         },
     )
     train_modules: list[str] | None = field(
@@ -159,6 +168,7 @@ class GCPOConfig(GRPOConfig):
         self._check_choice("select_similarity_space", SIMILARITY_SPACES)
         self._check_choice("weight_form", tuple(FORMS))
         self._check_choice("reward_missing", PARTLY_SCORED)
+        self._check_choice("rollout_backend", BACKENDS)
         if not self.weight_clip > 0:
             raise ValueError(f"weight_clip={self.weight_clip} must be positive; the paper uses 0.5 to 1")
         if not (math.isfinite(self.rollout_guidance_scale) and self.rollout_guidance_scale >= 0):
@@ -166,6 +176,8 @@ class GCPOConfig(GRPOConfig):
                 f"rollout_guidance_scale={self.rollout_guidance_scale} must be a finite number >= 0; 1 switches "
                 "guidance off"
             )
+        if self.rollout_backend == "graph" and self.use_cpu:
+            raise ValueError("rollout_backend='graph' needs a CUDA device and use_cpu=True; set it to 'auto'")
         if self.rollout_batch_size < 0:
             raise ValueError(f"rollout_batch_size={self.rollout_batch_size} must be >= 0; 0 samples all at once")
         check_device("reward_device", self.reward_device)

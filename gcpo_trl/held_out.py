@@ -226,6 +226,7 @@ class HeldOutCallback(TrainerCallback):
             top_p=trainer.top_p,
             batch_size=args.rollout_batch_size or args.per_device_train_batch_size * args.steps_per_generation,
             entropy_from=args.select_entropy_from,
+            backend=args.rollout_backend,
         )
         with trl_compat.generation_context(trainer):
             rollout = sample(trainer.policy, prompts, self.seed, indices, sampling)

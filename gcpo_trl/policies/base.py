@@ -17,6 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from .image_head import Scored
+
 
 @dataclass(frozen=True)
 class PromptBatch:
@@ -43,6 +45,23 @@ class NextLogits:
 
 
 @runtime_checkable
+class FixedState(Protocol):
+    """A state whose step can keep its shapes and addresses, so that a CUDA graph can replay it."""
+
+    def fix(self, steps: int) -> int:
+        """Fix the shapes for steps that see ``steps`` drawn tokens; returns the width, equal while shapes are equal."""
+        ...
+
+    def counters(self) -> list[Tensor]:
+        """What a fixed step counts up in place."""
+        ...
+
+    def storages(self) -> list[Tensor]:
+        """Tensors whose addresses a captured step keeps."""
+        ...
+
+
+@runtime_checkable
 class Policy(Protocol):
     """A generator whose tokens lie on a grid (images) or on a line (text)."""
 
@@ -60,11 +79,18 @@ class ImagePolicy(Policy, Protocol):
 
     model: Any
     num_tokens: int
+    scored: Scored  # which tokens `attach_head` scores from now on
 
     def encode(self, prompts: Sequence[Any]) -> PromptBatch: ...
 
-    def start(self, prompts: PromptBatch, rows: Tensor, guided: bool) -> tuple[Any, NextLogits]:
-        """Prefill each prompt once and fan out: row ``i`` of the batch continues prompt ``rows[i]``."""
+    def start(
+        self, prompts: PromptBatch, rows: Tensor, guided: bool, plain: bool = False, into: Any = None
+    ) -> tuple[Any, NextLogits]:
+        """Prefill each prompt once and fan out: row ``i`` of the batch continues prompt ``rows[i]``.
+
+        plain: by the library's own forward at every step, which the tests hold the fast one to. into: an earlier state,
+        whose memory the new one takes over where shapes are equal.
+        """
         ...
 
     def step(self, state: Any, tokens: Tensor) -> NextLogits:

@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoProcessor, JanusForConditionalGeneratio
 from transformers.utils import ModelOutput
 
 from .base import NextLogits, PromptBatch
-from .image_head import score_tokens
-from .llama_decoder import LlamaDecoder, positions
+from .decode_state import DecodeState, Generator, begin
+from .image_head import ALL, Scored, score_tokens
+from .llama_decoder import positions
 
 # Linear layers of each part, as a pattern behind its name. "q_proj" alone would also hit the vision tower.
 LORA_LAYERS = {
@@ -47,15 +48,6 @@ class ImageScores(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-@dataclass
-class DecodeState:
-    """A decoder, conditional rows of the ``batch`` images first, and what the model reads of each image code."""
-
-    decoder: LlamaDecoder
-    table: Tensor
-    batch: int
-
-
 class JanusPolicy:
     """The five questions for Janus. ``model`` is the plain module, also when PEFT or an engine wraps it elsewhere."""
 
@@ -71,6 +63,7 @@ class JanusPolicy:
     def __init__(self, model: JanusForConditionalGeneration, processor: Any) -> None:
         self.model = model
         self.processor = processor
+        self.scored = ALL
         tokenizer = processor.tokenizer
         self.bos_id = tokenizer.bos_token_id
         self.pad_id = tokenizer.pad_token_id
@@ -113,45 +106,41 @@ class JanusPolicy:
     # start / step
 
     @torch.no_grad()
-    def start(self, prompts: PromptBatch, rows: Tensor, guided: bool) -> tuple[DecodeState, NextLogits]:
+    def start(
+        self, prompts: PromptBatch, rows: Tensor, guided: bool, plain: bool = False, into: DecodeState | None = None
+    ) -> tuple[DecodeState, NextLogits]:
         """Prefill conditional and unconditional prompts once each, then copy their cache to the rows that need it."""
         ids = torch.cat([prompts.ids, prompts.unconditional_ids]) if guided else prompts.ids
         mask = prompts.mask.repeat(2, 1) if guided else prompts.mask
         rows = rows.to(ids.device)
         both = torch.cat([rows, rows + len(prompts.ids)]) if guided else rows
-        body = self.model.model.language_model
+        inner = self.model.model
+        embed = self.model.prepare_embeddings_for_image_generation
+        generator = Generator(inner.language_model, inner.generation_head, embed, self.token_table)
+        embeddings = inner.language_model.embed_tokens(ids)
         # The last token is drawn and not fed, so the cache has no place for it.
-        decoder = LlamaDecoder(body, body.embed_tokens(ids), mask, both, self.num_tokens - 1)
-        state = DecodeState(decoder, self.token_table(), len(rows))
-        return state, self._next(decoder.hidden, state)
+        return begin(generator, embeddings, mask, both, self.num_tokens - 1, guided, plain, into)
 
     @torch.no_grad()
     def step(self, state: DecodeState, tokens: Tensor) -> NextLogits:
         """One token a row; the unconditional rows see the same token."""
-        embeddings = state.table[tokens]
-        if len(state.decoder.hidden) > state.batch:
-            embeddings = embeddings.repeat(2, 1)
-        return self._next(state.decoder.step(embeddings), state)
-
-    def _next(self, hidden: Tensor, state: DecodeState) -> NextLogits:
-        logits = self.model.model.generation_head(hidden)
-        if len(logits) == state.batch:
-            return NextLogits(logits)
-        return NextLogits(logits[: state.batch], logits[state.batch :])
+        return state.step(tokens)
 
     # logits at given positions
 
     def attach_head(self, model: JanusForConditionalGeneration, temperature: float) -> None:
         """Patch ``model.forward`` (TRL's ``fused_lm_head`` contract): labels that are not -100 are image tokens.
 
-        The last ``num_tokens`` columns of ``input_ids`` are image tokens, the ones before them text.
+        The last ``num_tokens`` columns of ``input_ids`` are image tokens, the ones before them text. Which of them are
+        scored is what ``self.scored`` says at that moment.
         """
-        original, num_tokens = model.forward, self.num_tokens
+        original, num_tokens, policy = model.forward, self.num_tokens, self
 
         def forward(module: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
             if not fused_lm_head:
                 return original(*args, **kwargs)
-            return teacher_forced(module, kwargs["input_ids"], kwargs["attention_mask"], num_tokens, temperature)
+            ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+            return teacher_forced(module, ids, mask, num_tokens, temperature, policy.scored)
 
         model.forward = types.MethodType(forward, model)
 
@@ -185,11 +174,17 @@ def image_grid(config: Any) -> tuple[int, int]:
 
 
 def teacher_forced(
-    model: JanusForConditionalGeneration, input_ids: Tensor, attention_mask: Tensor, num_tokens: int, temperature: float
+    model: JanusForConditionalGeneration,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_tokens: int,
+    temperature: float,
+    scored: Scored = ALL,
 ) -> ImageScores:
     """Score the image tokens that end ``input_ids`` ``(batch, prompt + num_tokens)`` with the image head.
 
-    Position t is predicted from the hidden state one before it. Gradient: flows to the language model and the head.
+    Position t is predicted from the hidden state one before it. Gradient: flows to the language model and the head,
+    from the tokens that ``scored`` names.
     """
     prompt, tokens = input_ids[:, :-num_tokens], input_ids[:, -num_tokens:]
     language_model = model.model.language_model
@@ -201,7 +196,7 @@ def teacher_forced(
     hidden = language_model(
         inputs_embeds=embeddings, attention_mask=mask, position_ids=positions(mask), use_cache=False
     ).last_hidden_state[:, -num_tokens:]
-    log_probs, entropies = score_tokens(model.model.generation_head, hidden, tokens, temperature)
+    log_probs, entropies = score_tokens(model.model.generation_head, hidden, tokens, temperature, scored=scored)
     return ImageScores(log_probs=log_probs, entropy=entropies)
 
 

@@ -1,8 +1,9 @@
 """Decodes with a transformers Llama body one token at a time, without what `generate` does around every token.
 
-The prompt goes through transformers' own forward. After that a step is the model's own modules (so adapters and
-quantised layers act as they do elsewhere) around a cache that is written in place and read to its present length;
-rotary angles of all positions are computed once, and no mask is built where no prompt is padded.
+The prompt goes through transformers' own forward. After that a step is `LlamaBlock` after `LlamaBlock` around a cache
+that is written in place. It is read to its present length; or, with `fix`, up to a given column with the place counted
+on the device, so that every step of that width has the same shapes and the same addresses, which is what a CUDA graph
+replays. `GrowingDecoder` answers the same questions by transformers' forward alone, token by token.
 """
 
 from __future__ import annotations
@@ -13,66 +14,159 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .llama_block import LlamaBlock, Place, norm_of, swap_halves
+
+WINDOW = 64  # columns by which a fixed window grows: finer reads less, coarser captures fewer graphs
+
 
 class LlamaDecoder:
-    """Keys and values of ``rows`` growing sequences. ``body`` is a ``LlamaModel``; ``rows`` pick prefilled prompts.
+    """Keys and values of ``rows`` growing sequences. ``body`` is a ``LlamaModel`` or has its names.
 
-    prefill: ``hidden`` is the last position's state ``(rows, dim)``. step: from one embedding a row to the next state.
+    fill: from prompts to the last position's state. step: from one embedding a row to the next state.
     """
 
-    def __init__(self, body: Any, embeddings: Tensor, mask: Tensor, rows: Tensor, steps: int) -> None:
-        """Run the prompts ``(prompts, seq, dim)``, left-padded as ``mask``, and make room for ``steps`` more tokens."""
-        cache = DynamicCache(config=body.config)
-        first = positions(mask)
-        hidden = body(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=first, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
+    # What a family changes: which elements of a head its rotation pairs.
+    swap = staticmethod(swap_halves)
+
+    def __init__(self, body: Any) -> None:
         self.body = body
-        self.hidden = hidden[rows]
+        self.blocks: list[LlamaBlock] = []
+        self.window: int | None = None
+
+    @torch.no_grad()
+    def fill(self, embeddings: Tensor, mask: Tensor, rows: Tensor, steps: int) -> Tensor:
+        """Run the prompts ``(prompts, seq, dim)``, left-padded as ``mask``, and make room for ``steps`` more tokens.
+
+        ``rows`` say which prompt each sequence continues; returns their last hidden states ``(rows, dim)``. A decoder
+        that is filled again keeps its memory where the shapes are the same.
+        """
+        cache, first = DynamicCache(config=self.body.config), positions(mask)
+        hidden = self.body(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=first, past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1][rows]
         self.length = mask.shape[1]
-        # Rotary angles in fp32 make keys fp32 under autocast, which would cast them again at every step.
-        device = mask.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        self.keys = [_with_room(layer.keys[rows].to(dtype), steps) for layer in cache.layers]
-        self.values = [_with_room(layer.values[rows].to(dtype), steps) for layer in cache.layers]
-        ahead = first[rows][:, -1:] + 1 + torch.arange(steps, device=mask.device)
-        cosine, sine = body.rotary_emb(self.hidden, ahead)
-        self.cosine, self.sine = cosine[:, None], sine[:, None]  # (rows, 1, steps, head_dim)
-        self.taken = 0
-        seen = torch.cat([mask[rows], mask.new_ones(len(rows), steps)], dim=1).bool()
-        self.seen = None if bool(mask.all()) else seen[:, None, None]
+        self.taken, self.window = 0, None
+        self.padded = not bool(mask.all())
+        self._prepare(hidden, cache.layers[0].keys, len(rows), steps)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            block.keys[:, :, : self.length] = layer.keys[rows]
+            block.values[:, :, : self.length] = layer.values[rows]
+        cosine, sine = self.rotation(hidden, first[rows][:, -1:] + 1 + torch.arange(steps, device=mask.device))
+        self.cosine[:steps], self.signed_sine[:steps] = cosine.transpose(0, 1), sine.transpose(0, 1)
+        self.bias.zero_()
+        padding = self.bias.view(len(rows), -1, self.bias.shape[-1])[:, :, : self.length]
+        padding.masked_fill_(mask[rows][:, None] == 0, -torch.inf)
+        return hidden
+
+    def _prepare(self, hidden: Tensor, keys: Tensor, rows: int, steps: int) -> None:
+        """Weights as they are now, and memory for ``steps`` tokens after the prompts."""
+        device = hidden.device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        # Keys that are fp32 under autocast would be cast again at every step.
+        dtype = cast or hidden.dtype
+        _, heads, _, dim = keys.shape
+        shape = (rows, heads, self.window_at(steps), dim)
+        before: list[Any] = self.blocks or [None] * len(self.body.layers)
+        if self.blocks and (self.blocks[0].keys.shape != shape or self.blocks[0].keys.dtype != dtype):
+            before = [None] * len(before)
+        if before[0] is None:
+            self.bias = hidden.new_zeros((rows * heads, 1, shape[2]), dtype=dtype)
+            self.cosine, self.signed_sine = (hidden.new_zeros((shape[2], rows, 1, dim)) for _ in range(2))
+            self.columns = torch.arange(shape[2], device=hidden.device)
+            self.column, self.turn = (self.columns.new_zeros(1) for _ in range(2))
+        self.blocks = [
+            LlamaBlock(layer, self.swap, cast, *(_caches(one, hidden, shape, dtype)), one)
+            for layer, one in zip(self.body.layers, before, strict=True)
+        ]
+        self.norm = norm_of(self.body.norm)
+
+    def rotation(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine, and sine with the sign of the swapped element, ``(rows, steps, 1, head_dim)`` each."""
+        cosine, sine = self.body.rotary_emb(hidden, position_ids)
+        half = sine.shape[-1] // 2
+        return cosine[:, :, None], torch.cat([-sine[..., :half], sine[..., half:]], dim=-1)[:, :, None]
 
     def step(self, embeddings: Tensor) -> Tensor:
         """Append one token a row, ``(rows, dim)``; returns its last hidden state ``(rows, dim)``."""
+        place = self._growing() if self.window is None else self._fixed(self.window)
         hidden = embeddings
-        for index, layer in enumerate(self.body.layers):
-            hidden = hidden + self._attend(index, layer.self_attn, layer.input_layernorm(hidden))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        self.length += 1
-        self.taken += 1
-        return self.body.norm(hidden)
+        for block in self.blocks:
+            hidden = block(hidden, place)
+        if self.window is None:
+            self.length, self.taken = self.length + 1, self.taken + 1
+        else:
+            self.column += 1
+            self.turn += 1
+        return self.norm(hidden)
 
-    def _attend(self, index: int, attention: Any, hidden: Tensor) -> Tensor:
-        rows, end = len(hidden), self.length + 1
-        keys, values = self.keys[index], self.values[index]
-        key, value = (
-            project(hidden).view(rows, -1, 1, attention.head_dim) for project in (attention.k_proj, attention.v_proj)
+    def _growing(self) -> Place:
+        """Everything up to here is read; without padding all of it is seen."""
+        end, here = self.length + 1, self.taken
+        bias = self.bias[:, :, :end] if self.padded else self.bias[:1, :, :1]
+        return Place(
+            self.columns[end - 1 : end], self.cosine[here], self.signed_sine[here], end, bias, int(self.padded)
         )
-        keys[:, :, end - 1 : end], values[:, :, end - 1 : end] = self._rotate(key), value
-        # Query heads that share a key head are its rows: two matrix products, no repeated keys. On a CPU this takes a
-        # third of the time of scaled_dot_product_attention, whose tiles of queries stay empty.
-        query = self._rotate(attention.q_proj(hidden).view(rows, keys.shape[1], -1, attention.head_dim))
-        scores = query @ keys[:, :, :end].transpose(-1, -2) * attention.scaling
-        if self.seen is not None:
-            scores = scores.masked_fill(~self.seen[..., :end], -torch.inf)
-        weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
-        return attention.o_proj((weights @ values[:, :, :end]).view(rows, -1))
 
-    def _rotate(self, states: Tensor) -> Tensor:
-        half = states.shape[-1] // 2
-        turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
-        here = slice(self.taken, self.taken + 1)
-        return states * self.cosine[:, :, here] + turned * self.sine[:, :, here]
+    def _fixed(self, window: int) -> Place:
+        """The whole window is read, and what lies behind this token is hidden."""
+        later = self.columns[:window] > self.column
+        bias = self.bias[:, :, :window].masked_fill(later, -torch.inf)
+        cosine, sine = (table.index_select(0, self.turn)[0] for table in (self.cosine, self.signed_sine))
+        return Place(self.column, cosine, sine, window, bias, 1)
+
+    # What a captured step needs
+
+    def fix(self, window: int) -> None:
+        """From here on read ``window`` columns of the cache; the first call hands the place over to the device."""
+        if self.window is None:
+            self.rewind()
+        self.window = window
+
+    def rewind(self) -> None:
+        """Let the device count from the first token after the prompt."""
+        self.column.fill_(self.length)
+        self.turn.fill_(0)
+
+    def window_at(self, steps: int) -> int:
+        """The window that reads the prompt and ``steps`` tokens after it."""
+        return -(-(self.length + steps) // WINDOW) * WINDOW
+
+    @property
+    def counters(self) -> list[Tensor]:
+        """What a fixed step counts up, ``(1,)`` each."""
+        return [self.column, self.turn]
+
+    def storages(self) -> list[Tensor]:
+        """Every tensor that a fixed step reads or writes and that might be moved between two rollouts."""
+        blocks = [tensor for block in self.blocks for tensor in block.storages()]
+        return [*blocks, *self.body.parameters(), self.cosine, self.signed_sine, self.bias]
+
+
+class GrowingDecoder:
+    """The plain loop: transformers' forward on one token more, its cache concatenated at every step."""
+
+    def __init__(self, body: Any) -> None:
+        self.body = body
+
+    @torch.no_grad()
+    def fill(self, embeddings: Tensor, mask: Tensor, rows: Tensor, steps: int) -> Tensor:
+        """As `LlamaDecoder.fill`, except that every row runs its own prompt."""
+        self.cache, self.mask = DynamicCache(config=self.body.config), mask[rows]
+        return self._forward(embeddings[rows], positions(self.mask))
+
+    def step(self, embeddings: Tensor) -> Tensor:
+        """As `LlamaDecoder.step`."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        return self._forward(embeddings[:, None], positions(self.mask)[:, -1:])
+
+    def _forward(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
+        return self.body(
+            inputs_embeds=embeddings,
+            attention_mask=self.mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -80,6 +174,6 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _with_room(states: Tensor, steps: int) -> Tensor:
-    """A copy of ``(rows, heads, seq, dim)`` with ``steps`` more places in the sequence."""
-    return torch.cat([states, states.new_zeros(*states.shape[:2], steps, states.shape[3])], dim=2)
+def _caches(before: LlamaBlock | None, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Keys and values of a layer: an earlier block's, or new ones."""
+    return [before.keys, before.values] if before else [like.new_zeros(shape, dtype=dtype) for _ in range(2)]

@@ -1,5 +1,6 @@
 """Sampling images from a policy: guidance, caches, seeds."""
 
-from .engine import Rollout, Sampling, sample
+from .engine import Rollout, sample
+from .harvest import BACKENDS, Sampling
 
-__all__ = ["Rollout", "Sampling", "sample"]
+__all__ = ["BACKENDS", "Rollout", "Sampling", "sample"]

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from ..objective.signals import entropy
-from ..policies.base import ImagePolicy, NextLogits
-from .sampling import draw, guide, uniforms, warp
+from ..policies.base import FixedState, ImagePolicy
+from . import graph
+from .harvest import BACKENDS, Harvest, Sampling
+from .sampling import uniforms
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample. ``temperature=0`` is greedy. ``batch_size`` bounds the images in flight; 0 means all at once.
+PATIENCE = 10.0  # seconds before a rollout shows its progress
+KEPT = 2  # loops kept for the next rollout: the batch, and what is left over of the images
 
-    entropy_from: ``guided`` measures the distribution that is sampled from (as released), ``conditional`` the policy's
-    own; both at ``temperature`` and before top-k and top-p.
-    """
-
-    guidance_scale: float = 5.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    batch_size: int = 0
-    entropy_from: Literal["guided", "conditional"] = "guided"
+# The captured loops of a policy, by shape and sampling. They hold a cache of keys and values each.
+_loops: WeakKeyDictionary[Any, dict[Any, graph.FixedLoop]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -45,61 +41,108 @@ class Rollout:
 
 
 def sample(
-    policy: ImagePolicy, prompts: Sequence[Any], seed: int, indices: Sequence[int], sampling: Sampling
+    policy: ImagePolicy,
+    prompts: Sequence[Any],
+    seed: int,
+    indices: Sequence[int],
+    sampling: Sampling,
+    progress: bool = False,
 ) -> Rollout:
     """One image a prompt; repeated prompts are prefilled once. ``indices`` are the global indices of the samples.
 
+    `Sampling.backend`: ``reference`` is the library's own forward at every token, ``eager`` the fast path, ``graph``
+    the fast path as CUDA graphs, ``auto`` graphs where they can be captured and else eager.
+    ``progress`` shows a bar once the rollout has taken some seconds.
     The model is in evaluation mode meanwhile: dropout would change images, and gradient checkpointing keeps no cache.
-    Raises FloatingPointError if the model's logits are not finite.
+    Raises FloatingPointError if the model's logits are not finite, ValueError for graphs where there can be none.
     """
     if len(prompts) != len(indices):
         raise ValueError(f"{len(prompts)} prompts but {len(indices)} sample indices; give one index a prompt")
+    sampling = replace(sampling, backend=_resolved(sampling.backend, policy.model.device))
     size = sampling.batch_size or len(prompts)
     training = policy.model.training
     policy.model.eval()
+    total = -(-len(prompts) // size) * policy.num_tokens
     try:
-        parts = [
-            _sample_batch(policy, prompts[i : i + size], seed, list(indices[i : i + size]), sampling)
-            for i in range(0, len(prompts), size)
-        ]
+        with tqdm(total=total, desc="drawing", unit="token", leave=False, delay=PATIENCE, disable=not progress) as bar:
+            parts = [
+                _sample_batch(policy, prompts[i : i + size], seed, list(indices[i : i + size]), sampling, bar.update)
+                for i in range(0, len(prompts), size)
+            ]
     finally:
         policy.model.train(training)
     return Rollout(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Rollout)})
 
 
+def _resolved(backend: str, device: torch.device) -> Any:
+    if backend not in BACKENDS:
+        raise ValueError(f"rollout_backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if backend == "graph" and not graph.capturable(device):
+        raise ValueError(f"rollout_backend='graph' needs a CUDA device and the model is on {device}; use 'auto'")
+    return backend
+
+
 @torch.no_grad()
 def _sample_batch(
-    policy: ImagePolicy, prompts: Sequence[Any], seed: int, indices: list[int], sampling: Sampling
+    policy: ImagePolicy,
+    prompts: Sequence[Any],
+    seed: int,
+    indices: list[int],
+    sampling: Sampling,
+    done: Callable[[], Any],
 ) -> Rollout:
-    unique, rows = _unique(prompts)
-    state, logits = policy.start(policy.encode(unique), rows, guided=sampling.guidance_scale != 1.0)
-    noise = uniforms(seed, indices, policy.num_tokens).to(logits.conditional.device)
-    tokens = noise.new_empty(noise.shape, dtype=torch.long)
-    entropies, logps = torch.empty_like(noise), torch.empty_like(noise)
-    for position in range(policy.num_tokens):
-        if position:
-            logits = policy.step(state, tokens[:, position - 1])
-        chosen, entropies[:, position], logps[:, position] = _choose(logits, noise[:, position], sampling)
-        tokens[:, position] = chosen
+    noise = uniforms(seed, indices, policy.num_tokens).to(policy.model.device)
+    if sampling.backend in ("eager", "reference") or not graph.capturable(noise.device):
+        harvest = _eager(policy, prompts, noise, sampling, done)
+    else:
+        harvest = _captured(policy, prompts, noise, sampling, done)
+    tokens, entropy, logps = (part.t().contiguous() for part in (harvest.tokens, harvest.entropy, harvest.logps))
     if not torch.isfinite(logps).all():
+        _loops.pop(policy, None)  # their caches would carry it into the next rollout
         bad = int((~torch.isfinite(logps)).any(0).nonzero()[0])
         raise FloatingPointError(f"the image head gave non-finite logits at image token {bad} of {policy.num_tokens}")
-    return Rollout(tokens, entropies, logps)
+    return Rollout(tokens, entropy, logps)
 
 
-def _choose(logits: NextLogits, noise: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    """The next token with its entropy and conditional log-probability, ``(batch,)`` each."""
-    temperature = sampling.temperature or 1.0
-    guided = guide(logits.conditional, logits.unconditional, sampling.guidance_scale)
-    conditional = logits.conditional.float() / temperature
-    if sampling.temperature == 0:
-        chosen = guided.argmax(-1)
-    else:
-        chosen = draw(warp(guided, temperature, sampling.top_k, sampling.top_p), noise)
-    seen = guided / temperature if sampling.entropy_from == "guided" else conditional
-    logp = conditional.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
-    # A broken unconditional branch spoils the draw and not the conditional log-probability, so it is carried over.
-    return chosen, entropy(seen), logp.where(guided.isfinite().all(-1), torch.nan)
+def _eager(
+    policy: ImagePolicy, prompts: Sequence[Any], noise: Tensor, sampling: Sampling, done: Callable[[], Any]
+) -> Harvest:
+    unique, rows = _unique(prompts)
+    state, logits = policy.start(
+        policy.encode(unique), rows, guided=sampling.guidance_scale != 1.0, plain=sampling.backend == "reference"
+    )
+    harvest, order = Harvest(noise), torch.arange(policy.num_tokens, device=noise.device)
+    for position in range(policy.num_tokens):
+        if position:
+            logits = policy.step(state, harvest.last)
+        harvest.take(logits, order[position : position + 1], sampling)
+        done()
+    return harvest
+
+
+def _captured(
+    policy: ImagePolicy, prompts: Sequence[Any], noise: Tensor, sampling: Sampling, done: Callable[[], Any]
+) -> Harvest:
+    """`_eager` through the kept loop of this shape; where a step cannot be captured ``auto`` goes on without."""
+    kept, key = _loops.setdefault(policy, {}), (noise.shape, sampling)
+    loop = kept.pop(key, None)
+    unique, rows = _unique(prompts)
+    guided = sampling.guidance_scale != 1.0
+    state, logits = policy.start(policy.encode(unique), rows, guided, into=loop.state if loop else None)
+    try:
+        if not isinstance(state, FixedState):
+            raise graph.CaptureError(f"{type(policy).__name__} has no step of fixed shapes")
+        loop = loop or graph.FixedLoop(state, noise, sampling)
+        harvest = loop.run(policy, logits, noise, done)
+    except graph.CaptureError as error:
+        if sampling.backend == "graph":
+            raise ValueError(f"rollout_backend='graph', but {error}; use 'eager'") from error
+        logger.warning("%s; drawing without graphs", error)
+        return _eager(policy, prompts, noise, sampling, done)
+    kept[key] = loop
+    while len(kept) > KEPT:
+        del kept[next(iter(kept))]
+    return harvest
 
 
 def _unique(prompts: Sequence[Any]) -> tuple[list[Any], Tensor]:

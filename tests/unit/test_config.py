@@ -76,6 +76,8 @@ MISTAKES = [
     ({"log_images": -1}, ["log_images=-1", ">= 0", "0 for none"]),
     ({"log_images_count": 0}, ["log_images_count=0", ">= 1", "such as 8"]),
     ({"log_images_size": 0}, ["log_images_size=0", ">= 1", "pixels"]),
+    ({"rollout_backend": "fast"}, ["rollout_backend='fast'", "auto, graph, eager, reference"]),
+    ({"rollout_backend": "graph"}, ["rollout_backend='graph'", "use_cpu=True", "'auto'"]),
     ({"rollout_batch_size": -2}, ["rollout_batch_size=-2", "0 samples all"]),
     # G must divide the batch: TRL says so.
     ({"num_generations": 3, "per_device_train_batch_size": 8}, ["8", "3", "divisible"]),
