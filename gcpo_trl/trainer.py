@@ -199,9 +199,10 @@ class GCPOTrainer(Timed, ExactResume, GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """Draw one image a prompt; TRL sees token ids and a label, the pictures wait for the rewards."""
+        if self.policy is None:  # made without __init__
+            return super()._generate(prompts)
         with self._timed("rollout"):
-            images = self.policy is not None and self.policy.generates_images
-            return self._draw(prompts) if images else super()._generate(prompts)
+            return self._draw(prompts) if self.policy.generates_images else super()._generate(prompts)
 
     def _draw(self, prompts: list[Any]) -> tuple[Any, ...]:
         start = time.perf_counter()

@@ -21,14 +21,15 @@ from torch import nn
 
 from ..policies.image_head import CHUNK
 from ..policies.janus import DECODE_BATCH, JanusPolicy, image_grid
+from ..policies.llama_decoder import WINDOW
 
 GIB = 2**30
 FP32 = 4
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # two moments in the parameter's dtype; others are not counted
 ADAM_STEP = 4  # torch.optim.AdamW keeps the step count of each parameter as one fp32 number
-# Bytes a logit that the backward pass of `score_tokens` needs: two log-softmaxes, the probabilities and the masked
-# log-probabilities in fp32, and the mask itself. Beside them live the logits and a gradient of theirs, fp32.
-LOGIT_SAVED = 4 * FP32 + 1
+# Bytes a logit that the backward pass of `score_tokens` needs: log-softmax, probabilities and bounded log-probabilities
+# in fp32. Beside them live the logits and a gradient of theirs, fp32.
+LOGIT_SAVED = 3 * FP32
 LOGIT_ALIVE = LOGIT_SAVED + 2 * FP32
 DECODER_ALIVE = 3  # a residual block of the VQ decoder holds its input, the input of a convolution and its output
 ZERO3_LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: gathered parameters it keeps in the forward pass
@@ -254,12 +255,23 @@ def logits_tile(model: nn.Module, run: Run) -> int:
 def cache(model: nn.Module, run: Run) -> int:
     """Bytes of keys and values while sampling: 2 x layers x rows x positions x kv width x bytes; guidance doubles rows.
 
-    The last token is drawn and not fed, so it has no place. Under autocast the cache is what its products read.
+    The last token is drawn and not fed; positions are rounded up to `WINDOW`. Autocast's cache is what its products read.
     """
     shape = Shape.of(model.config)
     rows = run.sampled * (2 if run.guided else 1)
     number = layer_of(model, shape, run).compute
-    return 2 * shape.layers * rows * (run.prompt + shape.tokens - 1) * shape.kv * number
+    positions = -(-(run.prompt + shape.tokens - 1) // WINDOW) * WINDOW
+    return 2 * shape.layers * rows * positions * shape.kv * number
+
+
+def joined(model: nn.Module, run: Run) -> int:
+    """Bytes of the weights that the sampler lays side by side (`LinearMaps`), a copy of plain layers that read alike."""
+    layer = layer_of(model, Shape.of(model.config), run)
+    groups = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
+    groups += [("o_proj",), ("down_proj",)] if layer.stream != layer.compute else []
+    names = {name for group in groups if not set(group) & set(layer.lora) for name in group}
+    weights = _language_model(model).layers.named_parameters()
+    return layer.compute * sum(p.numel() for name, p in weights if names & set(name.split(".")))
 
 
 def estimate(model: nn.Module, run: Run) -> list[Row]:
@@ -303,6 +315,7 @@ def _rollout(model: nn.Module, run: Run) -> list[Row]:
     rows = f"{run.sampled} images{' x 2 (guidance)' if run.guided else ''}"
     return [
         Row("rollout: cache", cache(model, run), "rollout", f"keys and values, {rows}"),
+        Row("rollout: joined weights", joined(model, run), "rollout", "copies of layers that read the same"),
         Row("rollout: VQ decoder", pictures, "rollout", f"{DECODER_ALIVE} tensors at full size, {DECODE_BATCH} images"),
         Row("rollout: gathered weights", whole, "rollout", "ZeRO-3 gathers the whole model to sample"),
     ]
@@ -326,12 +339,7 @@ def _update(model: nn.Module, run: Run) -> list[Row]:
         Row(
             "update: logits tile", logits_tile(model, run), "update", f"at most {CHUNK} positions x {shape.codes} codes"
         ),
-        Row(
-            "update: weights cast",
-            _cast(model, layer, run),
-            "update",
-            "bf16 copies that autocast makes of fp32 weights",
-        ),
+        Row("update: weights cast", _cast(model, layer, run), "update", "autocast's bf16 copies of fp32 weights"),
         Row("update: gathered weights", live if run.zero == 3 else 0, "update", "ZeRO-3, at most 1e9 parameters"),
     ]
 
