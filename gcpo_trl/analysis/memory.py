@@ -46,7 +46,8 @@ class Run:
     """Settings of a run that memory depends on, a device.
 
     rows: images of a micro-batch. sampled: images drawn at once. prompt: text tokens before an image, padding included.
-    mixed: bf16 or fp16 is on. rewards: name and bytes of each reward, None where it declares none.
+    mixed: bf16 or fp16 is on. graphs: CUDA graphs draw, so the sampler's memory stays between rollouts.
+    rewards: name and bytes of each reward, None where it declares none.
     """
 
     rows: int
@@ -60,6 +61,7 @@ class Run:
     lora_dropout: bool = False
     gpus: int = 1
     zero: int = 0
+    graphs: bool = False
     rewards: Mapping[str, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -255,7 +257,7 @@ def logits_tile(model: nn.Module, run: Run) -> int:
 def cache(model: nn.Module, run: Run) -> int:
     """Bytes of keys and values while sampling: 2 x layers x rows x positions x kv width x bytes; guidance doubles rows.
 
-    The last token is drawn and not fed; positions are rounded up to `WINDOW`. Autocast's cache is what its products read.
+    The last token is drawn and not fed; positions are rounded up to `WINDOW`; autocast's cache is half.
     """
     shape = Shape.of(model.config)
     rows = run.sampled * (2 if run.guided else 1)
@@ -265,7 +267,7 @@ def cache(model: nn.Module, run: Run) -> int:
 
 
 def joined(model: nn.Module, run: Run) -> int:
-    """Bytes of the weights that the sampler lays side by side (`LinearMaps`), a copy of plain layers that read alike."""
+    """Bytes of the weights that the sampler lays side by side (`LinearMaps`): copies of plain layers."""
     layer = layer_of(model, Shape.of(model.config), run)
     groups = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
     groups += [("o_proj",), ("down_proj",)] if layer.stream != layer.compute else []
@@ -312,10 +314,11 @@ def _rollout(model: nn.Module, run: Run) -> list[Row]:
     layer = layer_of(model, shape, run)
     pictures = min(run.sampled, DECODE_BATCH) * shape.side**2 * shape.channels * layer.stream * DECODER_ALIVE
     whole = sum(p.numel() for p in model.parameters()) * layer.stream if run.zero == 3 else 0
+    when = "always" if run.graphs else "rollout"
     rows = f"{run.sampled} images{' x 2 (guidance)' if run.guided else ''}"
     return [
-        Row("rollout: cache", cache(model, run), "rollout", f"keys and values, {rows}"),
-        Row("rollout: joined weights", joined(model, run), "rollout", "copies of layers that read the same"),
+        Row("rollout: cache", cache(model, run), when, f"keys and values, {rows}"),
+        Row("rollout: joined weights", joined(model, run), when, "copies of layers that read the same"),
         Row("rollout: VQ decoder", pictures, "rollout", f"{DECODER_ALIVE} tensors at full size, {DECODE_BATCH} images"),
         Row("rollout: gathered weights", whole, "rollout", "ZeRO-3 gathers the whole model to sample"),
     ]
