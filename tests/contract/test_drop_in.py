@@ -27,6 +27,7 @@ def test_a_model_rewards_beside_functions_that_wait(tiny_text, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_text)
     torch.manual_seed(1)
     judge = LlamaForSequenceClassification(AutoConfig.from_pretrained(tiny_text, num_labels=1)).eval()
+    judge.config._name_or_path = ""  # so its tokenizer is the one it is given
     texts, matched = [], []
 
     async def slow(prompts, completions, completion_ids, **columns):
@@ -45,6 +46,21 @@ def test_a_model_rewards_beside_functions_that_wait(tiny_text, tmp_path):
     assert_close(trainer._rewards[:, 0], expected, rtol=0, atol=1e-5)
     assert matched == [True] and expected.std() > 0 and trainer._rewards[:, 1].std() > 0
     assert torch.equal(trainer._rewards[:, 1], trainer._rewards[:, 2])
+
+
+def test_rewards_that_are_each_for_some_rows_train_as_in_grpo(tiny_text, tmp_path):
+    def first(completions, **columns):
+        return [0.0, 1.0, None, None]
+
+    def second(completions, **columns):
+        return [None, None, 2.0, 5.0]
+
+    args = FEW | {"scale_rewards": "none"}
+    for missing, advantages in ((None, [-0.5, 0.5, -1.5, 1.5]), ("skip", [0.0] * 4)):
+        trainer = text_trainer(tiny_text, tmp_path, [first, second], args=args | {"reward_missing": missing})
+        kept = record(trainer)
+        trainer.train()
+        assert kept.batches[0]["advantages"].tolist() == advantages
 
 
 # critical tokens, weight and loss
