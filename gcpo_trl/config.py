@@ -24,8 +24,8 @@ PARTLY_SCORED = ("skip", "partial")
 class GCPOConfig(GRPOConfig):
     """Configuration of `GCPOTrainer`. Names start with the room they belong to; the defaults are the released ones.
 
-    With ``select_strategies=["everything"]`` and ``weight_form="none"`` training equals `GRPOTrainer`; with several
-    rewards that return None, also ``reward_missing="partial"``.
+    With ``select_strategies=["everything"]`` and ``weight_form="none"`` training equals `GRPOTrainer`; on images, with
+    several rewards that return None, also ``reward_missing="partial"``.
     """
 
     select_strategies: list[str] = field(
@@ -92,12 +92,12 @@ class GCPOConfig(GRPOConfig):
             "that were not selected, and makes the image head and its gradient run over all tokens."
         },
     )
-    reward_missing: str = field(
-        default="skip",
+    reward_missing: str | None = field(
+        default=None,
         metadata={
-            "help": "An image that one of several rewards could not score (None): 'skip' leaves it out, advantage "
+            "help": "A completion that one of several rewards could not score (None): 'skip' leaves it out, advantage "
             "zero; 'partial' adds up the rewards it has, as GRPOTrainer does, which suits rewards that are each for "
-            "some rows of the dataset. Rewards of weight 0 do not count."
+            "some rows of the dataset. Rewards of weight 0 do not count. Default: skip for images, partial for texts."
         },
     )
     rollout_guidance_scale: float = field(
@@ -167,7 +167,8 @@ class GCPOConfig(GRPOConfig):
         self._check_choice("select_entropy_from", ENTROPY_SOURCES)
         self._check_choice("select_similarity_space", SIMILARITY_SPACES)
         self._check_choice("weight_form", tuple(FORMS))
-        self._check_choice("reward_missing", PARTLY_SCORED)
+        if self.reward_missing is not None:
+            self._check_choice("reward_missing", PARTLY_SCORED)
         self._check_choice("rollout_backend", BACKENDS)
         if not self.weight_clip > 0:
             raise ValueError(f"weight_clip={self.weight_clip} must be positive; the paper uses 0.5 to 1")

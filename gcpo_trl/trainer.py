@@ -263,7 +263,7 @@ class GCPOTrainer(Timed, ExactResume, GRPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, missing in zip(self.reward_func_names, rewards.isnan().float().mean(dim=0).tolist(), strict=True):
             metrics[f"gcpo/reward/{name}/missing"].append(missing)
-        if self.args.reward_missing == "skip":
+        if (self.args.reward_missing or ("partial" if self._images is None else "skip")) == "skip":
             rewards = without_partly_scored(rewards, self.reward_weights.to(rewards.device))
         metrics["gcpo/reward/skipped"].append(rewards.isnan().all(dim=1).float().mean().item())
         self._rewards = rewards
