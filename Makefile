@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WEIGHTS := .cache/weights/.fetched
-EXTRAS := deepspeed,wandb,trackers,qlora,remote,serve,ocr,viz,notebooks,dev
+EXTRAS := deepspeed,wandb,trackers,qlora,remote,serve,captions,ocr,viz,notebooks,dev
 PIP := $(BIN)/python -m pip
 
 # Nothing here needs the network after `make install`.
@@ -15,7 +15,7 @@ export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install weights check layers sizes smoke test demo learn gpu shapes-model format
+.PHONY: help install weights check layers sizes smoke test demo learn bench gpu shapes-model format
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  \1\t/' | expand -t 18
@@ -59,6 +59,9 @@ demo: $(STAMP)  ## the main job: train, evaluate, pictures
 
 learn: $(STAMP)  ## the comparison of arms on the shapes world
 	$(BIN)/gcpo learn
+
+bench: $(STAMP)  ## speed and memory beside their peers: outputs/bench.json
+	OMP_NUM_THREADS=1 $(BIN)/gcpo bench --json outputs/bench.json
 
 gpu: $(STAMP)  ## parity on real weights; set GCPO_WEIGHTS
 	$(BIN)/pytest -m 'gpu or weights' tests

@@ -6,13 +6,10 @@ import os
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig
 
 from .policies import image_grid
-
-# Endings of transformers' class names.
-GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageGeneration")
-
 
 # Of ``model_init_kwargs``, what says where a model lies and whether its code may run.
 WHERE = ("revision", "subfolder", "token", "cache_dir", "trust_remote_code")
@@ -24,10 +21,11 @@ def load_config(model: Any, args: Any = None) -> Any:
         where = {key: value for key, value in (getattr(args, "model_init_kwargs", None) or {}).items() if key in WHERE}
         where.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
         config = AutoConfig.from_pretrained(model, **where)
-        names = config.architectures or []
-        if names and not any(name.endswith(GENERATORS) for name in names):
+        name = (config.architectures or [""])[0]
+        found = getattr(transformers, name, None)  # None for code of the model's own, which GRPOTrainer takes too
+        if found is not None and not found.can_generate():
             raise ValueError(
-                f"{model} holds a {names[0]}, which generates nothing; give a Janus or a causal language model"
+                f"{model} holds a {name}, which generates nothing; give a Janus or a causal language model"
             )
         return config
     if not hasattr(model, "config"):

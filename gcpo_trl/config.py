@@ -24,8 +24,8 @@ PARTLY_SCORED = ("skip", "partial")
 class GCPOConfig(GRPOConfig):
     """Configuration of `GCPOTrainer`. Names start with the room they belong to; the defaults are the released ones.
 
-    With ``select_strategies=["everything"]`` and ``weight_form="none"`` training equals `GRPOTrainer`; with several
-    rewards that return None, also ``reward_missing="partial"``.
+    With ``select_strategies=["everything"]`` and ``weight_form="none"`` training equals `GRPOTrainer`; on images, with
+    several rewards that return None, also ``reward_missing="partial"``.
     """
 
     select_strategies: list[str] = field(
@@ -89,15 +89,15 @@ class GCPOConfig(GRPOConfig):
         default=True,
         metadata={
             "help": "Keep gradients out of the weight. False reproduces the released code, which also moves tokens "
-            "that were not selected."
+            "that were not selected, and makes the image head and its gradient run over all tokens."
         },
     )
-    reward_missing: str = field(
-        default="skip",
+    reward_missing: str | None = field(
+        default=None,
         metadata={
-            "help": "An image that one of several rewards could not score (None): 'skip' leaves it out, advantage "
+            "help": "A completion that one of several rewards could not score (None): 'skip' leaves it out, advantage "
             "zero; 'partial' adds up the rewards it has, as GRPOTrainer does, which suits rewards that are each for "
-            "some rows of the dataset. Rewards of weight 0 do not count."
+            "some rows of the dataset. Rewards of weight 0 do not count. Default: skip for images, partial for texts."
         },
     )
     rollout_guidance_scale: float = field(
@@ -167,8 +167,9 @@ class GCPOConfig(GRPOConfig):
         self._check_choice("select_entropy_from", ENTROPY_SOURCES)
         self._check_choice("select_similarity_space", SIMILARITY_SPACES)
         self._check_choice("weight_form", tuple(FORMS))
+        if self.reward_missing is not None:
+            self._check_choice("reward_missing", PARTLY_SCORED)
         self._check_choice("rollout_backend", BACKENDS)
-        self._check_choice("reward_missing", PARTLY_SCORED)
         if not self.weight_clip > 0:
             raise ValueError(f"weight_clip={self.weight_clip} must be positive; the paper uses 0.5 to 1")
         if not (math.isfinite(self.rollout_guidance_scale) and self.rollout_guidance_scale >= 0):

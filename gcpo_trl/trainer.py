@@ -44,14 +44,16 @@ from .policies import adapt, family_of
 from .resume import ExactResume
 from .rewards import load_rewards, place_rewards, without_partly_scored
 from .rollout import Rollout, Sampling, sample
+from .selected import selected_only, with_rollout_logps
 from .shapes.build import SHIPPED
+from .timing import Timed
 
 logger = logging.getLogger(__name__)
 
 EVAL_SEED_OFFSET = 7_919  # keeps evaluation images apart from training images of the same seed
 
 
-class GCPOTrainer(ExactResume, GRPOTrainer):
+class GCPOTrainer(Timed, ExactResume, GRPOTrainer):
     """`trl.GRPOTrainer` that trains image (and text) policies on critical tokens with a dynamic advantage weight.
 
     Takes GRPOTrainer's arguments; ``args`` is a `GCPOConfig`. A plain `GRPOConfig` trains exactly as GRPOTrainer would.
@@ -73,7 +75,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
     _token_table: Tensor | None = None
     _rewards: Tensor | None = None
     _image_log: ImageLog | None = None
-    _to_weight: dict[str, Any] | None = None
+    _in_loss: dict[str, Any] | None = None
     _eval_samples = 0
 
     def __init__(
@@ -197,8 +199,12 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """Draw one image a prompt; TRL sees token ids and a label, the pictures wait for the rewards."""
-        if self.policy is None or not self.policy.generates_images:
+        if self.policy is None:  # made without __init__
             return super()._generate(prompts)
+        with self._timed("rollout"):
+            return self._draw(prompts) if self.policy.generates_images else super()._generate(prompts)
+
+    def _draw(self, prompts: list[Any]) -> tuple[Any, ...]:
         start = time.perf_counter()
         seed, indices = self._sample_indices(len(prompts))
         with trl_compat.generation_context(self):
@@ -257,7 +263,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, missing in zip(self.reward_func_names, rewards.isnan().float().mean(dim=0).tolist(), strict=True):
             metrics[f"gcpo/reward/{name}/missing"].append(missing)
-        if self.args.reward_missing == "skip":
+        if (self.args.reward_missing or ("partial" if self._images is None else "skip")) == "skip":
             rewards = without_partly_scored(rewards, self.reward_weights.to(rewards.device))
         metrics["gcpo/reward/skipped"].append(rewards.isnan().all(dim=1).float().mean().item())
         self._rewards = rewards
@@ -273,7 +279,10 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
         if self._image_log is not None and self.model.training:
             prompts = [row["prompt"] for row in inputs]
             self._image_log.show(self.state.global_step + 1, self._images, prompts, self._rewards, masks)
-        return trl_compat.with_critical_mask(self, batch, masks["critical"], self._valid(batch)) if masks else batch
+        if not masks:
+            return batch
+        batch = trl_compat.with_critical_mask(self, batch, masks["critical"], self._valid(batch))
+        return with_rollout_logps(batch, self._rollout, self._plain(self.model), self.args)
 
     def _critical(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The mask of each strategy and their union, "critical"; ``(batch, seq)`` each."""
@@ -350,7 +359,7 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss on advantages that the weight multiplies, token by token."""
         inputs = dict(inputs)  # the rollout buffer is used again when num_iterations > 1
-        self._to_weight = inputs if self.args.needs_weight else None
+        self._in_loss = inputs
         loss = super()._compute_loss(model, inputs)
         if self.policy.generates_images and not torch.isfinite(loss):  # on text GRPOTrainer goes on, as with fp16
             where = first_non_finite(self._plain(self.model))
@@ -359,9 +368,13 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Inside the loss, TRL reads the advantages after this call, so the weight sees the current policy."""
-        scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        inputs, self._to_weight = self._to_weight, None
-        if inputs is not None:
+        inputs, self._in_loss = self._in_loss, None
+        if inputs is None:
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        with selected_only(self.policy, self.args, inputs, self._entropy_bonus_enabled) as complete:
+            scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        scores = (complete(scores[0]), *scores[1:])
+        if self.args.needs_weight:
             valid = inputs["drawn_mask"] if "drawn_mask" in inputs else self._valid(inputs)
             weight = advantage_weight(
                 scores[0],
@@ -374,20 +387,3 @@ class GCPOTrainer(ExactResume, GRPOTrainer):
             inputs["advantages"] = inputs["advantages"][:, None] * weight
             self._log_mean("gcpo/weight/mean", weight, self._valid(inputs))
         return scores
-
-    # metrics
-
-    def _log_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Mean over the True positions of ``mask``, on all ranks."""
-        self._log_ratio(name, (values.detach().float() * mask).sum(), mask.sum())
-
-    def _log_ratio(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        """``total`` over ``count``, each summed over all ranks before; NaN, which TRL leaves out, where nothing counts.
-
-        Ranks may count differently, so a mean of their means would be another number.
-        """
-        device = self.accelerator.device
-        sums = torch.stack([torch.as_tensor(one, dtype=torch.float32, device=device) for one in (total, count)])
-        above, below = self.accelerator.reduce(sums, reduction="sum").tolist()
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode][name].append(above / below if below else float("nan"))

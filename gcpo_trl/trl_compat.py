@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers.trainer as hf_trainer
 import trl.trainer.grpo_trainer as grpo
+import trl.trainer.utils as chunked
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
@@ -87,6 +88,19 @@ def generation_context(trainer: Any) -> contextlib.ExitStack:
     stack.enter_context(trainer._dist.summon_full_params(trainer.model_wrapped, recurse=True))
     stack.enter_context(unsharded(trainer.model_wrapped))
     return stack
+
+
+def fused_log_probs(hidden: Tensor, head: torch.nn.Linear, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """TRL's fused head on its own, to compare with: log-probabilities of ``tokens`` ``(rows,)``.
+
+    It computes the entropies too. hidden: (rows, dim). Gradient: flows to ``hidden`` and the head.
+    """
+    size, outputs = chunked._CHUNKED_LOGPROB_CHUNK_SIZE, ("log_probs", "entropy")
+    found = chunked._ChunkedLogProbFunction.apply(
+        hidden, head.weight, head.bias, tokens, temperature, size, None, 1.0, outputs
+    )
+    log_probs: Tensor = found[0]
+    return log_probs
 
 
 def gathered(trainer: Any, module: torch.nn.Module) -> Any:

@@ -19,16 +19,17 @@ from typing import Any
 
 from torch import nn
 
-from ..policies.image_head import CHUNK
-from ..policies.janus import DECODE_BATCH, JanusPolicy, image_grid
+from ..policies.image_head import CHUNK, DECODE_BATCH
+from ..policies.janus import JanusPolicy, image_grid
+from ..policies.llama_decoder import WINDOW
 
 GIB = 2**30
 FP32 = 4
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # two moments in the parameter's dtype; others are not counted
 ADAM_STEP = 4  # torch.optim.AdamW keeps the step count of each parameter as one fp32 number
-# Bytes a logit that the backward pass of `score_tokens` needs: two log-softmaxes, the probabilities and the masked
-# log-probabilities in fp32, and the mask itself. Beside them live the logits and a gradient of theirs, fp32.
-LOGIT_SAVED = 4 * FP32 + 1
+# Bytes a logit that the backward pass of `score_tokens` needs: log-softmax, probabilities and bounded log-probabilities
+# in fp32. Beside them live the logits and a gradient of theirs, fp32.
+LOGIT_SAVED = 3 * FP32
 LOGIT_ALIVE = LOGIT_SAVED + 2 * FP32
 DECODER_ALIVE = 3  # a residual block of the VQ decoder holds its input, the input of a convolution and its output
 ZERO3_LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: gathered parameters it keeps in the forward pass
@@ -45,7 +46,8 @@ class Run:
     """Settings of a run that memory depends on, a device.
 
     rows: images of a micro-batch. sampled: images drawn at once. prompt: text tokens before an image, padding included.
-    mixed: bf16 or fp16 is on. rewards: name and bytes of each reward, None where it declares none.
+    mixed: bf16 or fp16 is on. graphs: CUDA graphs draw, so the sampler's memory stays between rollouts.
+    rewards: name and bytes of each reward, None where it declares none.
     """
 
     rows: int
@@ -59,6 +61,7 @@ class Run:
     lora_dropout: bool = False
     gpus: int = 1
     zero: int = 0
+    graphs: bool = False
     rewards: Mapping[str, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -254,12 +257,23 @@ def logits_tile(model: nn.Module, run: Run) -> int:
 def cache(model: nn.Module, run: Run) -> int:
     """Bytes of keys and values while sampling: 2 x layers x rows x positions x kv width x bytes; guidance doubles rows.
 
-    The last token is drawn and not fed, so it has no place. Under autocast the cache is what its products read.
+    The last token is drawn and not fed; positions are rounded up to `WINDOW`; autocast's cache is half.
     """
     shape = Shape.of(model.config)
     rows = run.sampled * (2 if run.guided else 1)
     number = layer_of(model, shape, run).compute
-    return 2 * shape.layers * rows * (run.prompt + shape.tokens - 1) * shape.kv * number
+    positions = -(-(run.prompt + shape.tokens - 1) // WINDOW) * WINDOW
+    return 2 * shape.layers * rows * positions * shape.kv * number
+
+
+def joined(model: nn.Module, run: Run) -> int:
+    """Bytes of the weights that the sampler lays side by side (`LinearMaps`): copies of plain layers."""
+    layer = layer_of(model, Shape.of(model.config), run)
+    groups = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
+    groups += [("o_proj",), ("down_proj",)] if layer.stream != layer.compute else []
+    names = {name for group in groups if not set(group) & set(layer.lora) for name in group}
+    weights = _language_model(model).layers.named_parameters()
+    return layer.compute * sum(p.numel() for name, p in weights if names & set(name.split(".")))
 
 
 def estimate(model: nn.Module, run: Run) -> list[Row]:
@@ -300,9 +314,11 @@ def _rollout(model: nn.Module, run: Run) -> list[Row]:
     layer = layer_of(model, shape, run)
     pictures = min(run.sampled, DECODE_BATCH) * shape.side**2 * shape.channels * layer.stream * DECODER_ALIVE
     whole = sum(p.numel() for p in model.parameters()) * layer.stream if run.zero == 3 else 0
+    when = "always" if run.graphs else "rollout"
     rows = f"{run.sampled} images{' x 2 (guidance)' if run.guided else ''}"
     return [
-        Row("rollout: cache", cache(model, run), "rollout", f"keys and values, {rows}"),
+        Row("rollout: cache", cache(model, run), when, f"keys and values, {rows}"),
+        Row("rollout: joined weights", joined(model, run), when, "copies of layers that read the same"),
         Row("rollout: VQ decoder", pictures, "rollout", f"{DECODER_ALIVE} tensors at full size, {DECODE_BATCH} images"),
         Row("rollout: gathered weights", whole, "rollout", "ZeRO-3 gathers the whole model to sample"),
     ]
@@ -326,12 +342,7 @@ def _update(model: nn.Module, run: Run) -> list[Row]:
         Row(
             "update: logits tile", logits_tile(model, run), "update", f"at most {CHUNK} positions x {shape.codes} codes"
         ),
-        Row(
-            "update: weights cast",
-            _cast(model, layer, run),
-            "update",
-            "bf16 copies that autocast makes of fp32 weights",
-        ),
+        Row("update: weights cast", _cast(model, layer, run), "update", "autocast's bf16 copies of fp32 weights"),
         Row("update: gathered weights", live if run.zero == 3 else 0, "update", "ZeRO-3, at most 1e9 parameters"),
     ]
 

@@ -101,6 +101,7 @@ def run_of(run: RunArguments, args: GCPOConfig, model_args: ModelConfig, gpus: i
         lora_dropout=model_args.use_peft and model_args.lora_dropout > 0,
         gpus=gpus,
         zero=zero,
+        graphs=args.rollout_backend in ("auto", "graph"),
         rewards=rewards,
     )
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, set_seed
+from torch.profiler import profile
+from transformers import ProgressCallback, TrainerCallback, set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import GCPOConfig
@@ -22,6 +23,27 @@ class RewardProgress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "reward" in logs:
             self.training_bar.set_postfix(reward=f"{float(logs['reward']):.3f}", refresh=False)
+
+
+class Trace(TrainerCallback):
+    """A trace of one optimizer step, rollout and all, in ``output_dir/profile``; of the main process."""
+
+    def __init__(self) -> None:
+        self._profile: profile | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.global_step == min(1, state.max_steps - 1):
+            self._profile = profile()
+            self._profile.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._profile is None:
+            return
+        self._profile.stop()
+        folder = Path(args.output_dir) / "profile"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(str(folder / f"step-{state.global_step:06d}.json.gz"))
+        self._profile = None
 
 
 def build_trainer(run: RunArguments, args: GCPOConfig, model_args: ModelConfig, callbacks: Any = None) -> Any:
@@ -52,6 +74,8 @@ def build_trainer(run: RunArguments, args: GCPOConfig, model_args: ModelConfig, 
     trainer.remove_callback(ProgressCallback)
     if not args.disable_tqdm:
         trainer.add_callback(RewardProgress)
+    if run.profile:
+        trainer.add_callback(Trace)
     return trainer
 
 

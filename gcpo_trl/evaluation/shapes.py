@@ -7,7 +7,6 @@ errors are taken over the prompts of a task, not over images.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,9 +18,16 @@ from reward_funcs.shapes import Judgement, judge_image
 
 from ..rollout import Sampling, sample
 from ..shapes.grammar import TASKS, Spec, held_out_specs
+from .scores import mean_and_error, mean_of_tasks
 
 IMAGES_A_PROMPT = 6  # 206 prompts, 1,236 images
-MEASURES = ("exact", "correct", "inventory", "extra")
+HEADINGS = {
+    "exact": "exact",
+    "correct": "correct (extras allowed)",
+    "inventory": "partial credit",
+    "extra": "extra objects",
+}
+MEASURES = tuple(HEADINGS)
 
 
 @dataclass(frozen=True)
@@ -38,10 +44,7 @@ class Report:
 
     def table(self) -> str:
         """Markdown: a row a task, ``mean ± standard error``."""
-        lines = [
-            "| task | exact | correct (extras allowed) | partial credit | extra objects |",
-            "|---|---|---|---|---|",
-        ]
+        lines = [f"| task | {' | '.join(HEADINGS.values())} |", "|---|---|---|---|---|"]
         for name, row in [*self.tasks.items(), ("overall", self.overall)]:
             cells = [f"{row[m]['mean']:.3f} ± {row[m]['error']:.3f}" for m in MEASURES]
             lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -79,21 +82,10 @@ def summarize(specs: Sequence[Spec], judgements: Sequence[Judgement], sampling: 
     tasks: dict[str, dict[str, dict[str, float]]] = {}
     for tag, prompts in by_prompt.items():
         if prompts:
-            tasks[tag] = {m: _mean_and_error([_mean(js, m) for js in prompts.values()]) for m in MEASURES}
-    overall = {
-        m: {
-            "mean": statistics.fmean(task[m]["mean"] for task in tasks.values()),
-            "error": math.sqrt(sum(task[m]["error"] ** 2 for task in tasks.values())) / len(tasks),
-        }
-        for m in MEASURES
-    }
+            tasks[tag] = {m: mean_and_error([_mean(js, m) for js in prompts.values()]) for m in MEASURES}
+    overall = {m: mean_of_tasks([task[m] for task in tasks.values()]) for m in MEASURES}
     return Report(tasks, overall, len(judgements), sampling)
 
 
 def _mean(judgements: Sequence[Judgement], measure: str) -> float:
     return statistics.fmean(getattr(judgement, measure) for judgement in judgements)
-
-
-def _mean_and_error(values: list[float]) -> dict[str, float]:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "error": error}

@@ -17,6 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from .image_head import Scored
+
 
 @dataclass(frozen=True)
 class PromptBatch:
@@ -77,6 +79,7 @@ class ImagePolicy(Policy, Protocol):
 
     model: Any
     num_tokens: int
+    scored: Scored  # which tokens `attach_head` scores from now on
 
     def encode(self, prompts: Sequence[Any]) -> PromptBatch: ...
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoProcessor, JanusForConditionalGeneratio
 
 from .base import NextLogits, PromptBatch
 from .decode_state import DecodeState, Generator, begin
-from .image_head import DECODE_BATCH, ImageScores, score_tokens, to_pictures
+from .image_head import ALL, DECODE_BATCH, ImageScores, Scored, score_tokens, to_pictures
 from .llama_decoder import positions
 
 # Linear layers of each part, as a pattern behind its name. "q_proj" alone would also hit the vision tower.
@@ -51,6 +51,7 @@ class JanusPolicy:
     def __init__(self, model: JanusForConditionalGeneration, processor: Any) -> None:
         self.model = model
         self.processor = processor
+        self.scored = ALL
         tokenizer = processor.tokenizer
         self.bos_id = tokenizer.bos_token_id
         self.pad_id = tokenizer.pad_token_id
@@ -118,14 +119,16 @@ class JanusPolicy:
     def attach_head(self, model: JanusForConditionalGeneration, temperature: float) -> None:
         """Patch ``model.forward`` (TRL's ``fused_lm_head`` contract): labels that are not -100 are image tokens.
 
-        The last ``num_tokens`` columns of ``input_ids`` are image tokens, the ones before them text.
+        The last ``num_tokens`` columns of ``input_ids`` are image tokens, the ones before them text. Which of them are
+        scored is what ``self.scored`` says at that moment.
         """
-        original, num_tokens = model.forward, self.num_tokens
+        original, num_tokens, policy = model.forward, self.num_tokens, self
 
         def forward(module: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
             if not fused_lm_head:
                 return original(*args, **kwargs)
-            return teacher_forced(module, kwargs["input_ids"], kwargs["attention_mask"], num_tokens, temperature)
+            ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+            return teacher_forced(module, ids, mask, num_tokens, temperature, policy.scored)
 
         model.forward = types.MethodType(forward, model)
 
@@ -158,11 +161,17 @@ def image_grid(config: Any) -> tuple[int, int]:
 
 
 def teacher_forced(
-    model: JanusForConditionalGeneration, input_ids: Tensor, attention_mask: Tensor, num_tokens: int, temperature: float
+    model: JanusForConditionalGeneration,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_tokens: int,
+    temperature: float,
+    scored: Scored = ALL,
 ) -> ImageScores:
     """Score the image tokens that end ``input_ids`` ``(batch, prompt + num_tokens)`` with the image head.
 
-    Position t is predicted from the hidden state one before it. Gradient: flows to the language model and the head.
+    Position t is predicted from the hidden state one before it. Gradient: flows to the language model and the head,
+    from the tokens that ``scored`` names.
     """
     prompt, tokens = input_ids[:, :-num_tokens], input_ids[:, -num_tokens:]
     language_model = model.model.language_model
@@ -174,7 +183,7 @@ def teacher_forced(
     hidden = language_model(
         inputs_embeds=embeddings, attention_mask=mask, position_ids=positions(mask), use_cache=False
     ).last_hidden_state[:, -num_tokens:]
-    log_probs, entropies = score_tokens(model.model.generation_head, hidden, tokens, temperature)
+    log_probs, entropies = score_tokens(model.model.generation_head, hidden, tokens, temperature, scored=scored)
     return ImageScores(log_probs=log_probs, entropy=entropies)
 
 

@@ -20,7 +20,7 @@ from ..models.llamagen.configuration import CLASS
 from ..models.llamagen.text import TextEncoder, resolve
 from .base import NextLogits, PromptBatch
 from .decode_state import DecodeState, Generator, begin
-from .image_head import DECODE_BATCH, ImageScores, score_tokens, to_pictures
+from .image_head import ALL, DECODE_BATCH, ImageScores, score_tokens, to_pictures
 
 LORA_LAYERS = {
     "language_model": r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
@@ -46,6 +46,7 @@ class LlamaGenPolicy:
         self.grid = image_grid(config)
         self.num_tokens = self.grid[0] * self.grid[1]
         self.text_encoder = text_encoder
+        self.scored = ALL
         if text_encoder is None and config.condition != CLASS:
             name = resolve(config.caption_encoder, getattr(config, "_name_or_path", ""))
             config.caption_encoder = name  # a checkpoint of this run lies elsewhere and must find it too
@@ -99,7 +100,10 @@ class LlamaGenPolicy:
     # logits at given positions
 
     def attach_head(self, model: LlamaGenForImageGeneration, temperature: float) -> None:
-        """Patch ``model.forward`` (TRL's ``fused_lm_head`` contract): the last ``num_tokens`` ids are image tokens."""
+        """Patch ``model.forward`` (TRL's ``fused_lm_head`` contract): the last ``num_tokens`` ids are image tokens.
+
+        Which of them are scored is what ``self.scored`` says at that moment.
+        """
         original, policy = model.forward, self
 
         def forward(module: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -114,7 +118,7 @@ class LlamaGenPolicy:
     ) -> ImageScores:
         """Score the image tokens that end ``input_ids`` ``(batch, prompt + num_tokens)``.
 
-        Gradient: flows to the body and the head.
+        Gradient: flows to the body and the head, from the tokens that ``self.scored`` names.
         """
         prompt, tokens = input_ids[:, : -self.num_tokens], input_ids[:, -self.num_tokens :]
         condition, mask = self.condition(prompt, attention_mask[:, : prompt.shape[1]])
@@ -123,7 +127,8 @@ class LlamaGenPolicy:
         embeddings = torch.cat([body.condition(condition), body.embed_tokens(tokens[:, :-1])], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(mask), self.num_tokens - 1)], dim=1)
         hidden = body(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
-        log_probs, entropies = score_tokens(model.lm_head, hidden[:, -self.num_tokens :], tokens, temperature)
+        hidden = hidden[:, -self.num_tokens :]
+        log_probs, entropies = score_tokens(model.lm_head, hidden, tokens, temperature, scored=self.scored)
         return ImageScores(log_probs=log_probs, entropy=entropies)
 
     # decode, layout

@@ -92,19 +92,22 @@ def build_processor() -> JanusProcessor:
 
 
 def build_model(
-    vq_config: JanusVQVAEConfig, hidden_size: int, layers: int, heads: int
+    vq_config: JanusVQVAEConfig, hidden_size: int, layers: int, heads: int, grid: int = GRID
 ) -> JanusForConditionalGeneration:
-    """A randomly initialised Janus whose image side is ``vq_config`` and whose understanding tower is minimal."""
+    """A randomly initialised Janus whose image side is ``vq_config`` and whose understanding tower is minimal.
+
+    It draws ``grid`` squared tokens; a side other than the shapes world's is for measurements.
+    """
     tokenizer = build_tokenizer()
     vision = JanusVisionConfig(
         hidden_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
-        image_size=IMAGE_SIZE,
+        image_size=IMAGE_SIZE // GRID * grid,
         patch_size=IMAGE_SIZE // GRID,
         mlp_ratio=2.0,
         projection_dim=hidden_size,
-        num_image_tokens=GRID * GRID,
+        num_image_tokens=grid * grid,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -113,7 +116,7 @@ def build_model(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        max_position_embeddings=256,
+        max_position_embeddings=max(256, grid * grid + 64),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -12,7 +12,8 @@ import gcpo_trl
 ROOT = Path(__file__).parents[2]
 ORDER = (
     "cli > evaluation, analysis, bench, serving"
-    " > trainer, config, checks, modules, resume, rewards, trl_compat, image_log, held_out, model_card"
+    " > trainer, config, checks, modules, resume, rewards, selected, timing, trl_compat"
+    ", image_log, held_out, model_card"
     " > rollout, shapes > policies > models > objective, prompts, plugins, extras, drawing"
 )
 LEVELS = [level.split(", ") for level in reversed(ORDER.split(" > "))]

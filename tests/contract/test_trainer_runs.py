@@ -149,7 +149,7 @@ def test_evaluation_draws_the_same_images_every_time(tiny_janus, tmp_path):
 def test_training_images_do_not_depend_on_evaluation(tiny_janus, tmp_path, monkeypatch):
     drawn = []
 
-    def sample_and_tell(policy, prompts, seed, indices, sampling):
+    def sample_and_tell(policy, prompts, seed, indices, sampling, progress):
         drawn.append([(seed, index) for index in indices])
         return sample(policy, prompts, seed, indices, sampling)
 

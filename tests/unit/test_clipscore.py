@@ -76,7 +76,7 @@ def test_another_prompt_changes_the_score_and_batches_do_not(scorer):
     alone = [clipscore.reward([p], [i], scorer())[0] for p, i in zip(prompts, images, strict=True)]
     assert_close(torch.tensor(together), torch.tensor(alone), rtol=0, atol=1e-5)
     other = clipscore.reward(prompts[1:] + prompts[:1], images, scorer())
-    assert all(abs(mine - theirs) > 1e-4 for mine, theirs in zip(together, other, strict=True))
+    assert all(abs(mine - theirs) > 1e-2 for mine, theirs in zip(together, other, strict=True))
 
 
 def test_the_label_names_backbone_and_scale(monkeypatch):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, CLIPConfig
+from transformers import AutoConfig, CLIPConfig, LlamaConfig
 from trl import GRPOConfig
 
 from gcpo_trl.checks import check_dataset, check_image_settings, check_text_only, first_non_finite, load_config
@@ -203,6 +203,9 @@ def test_something_that_is_no_model_is_refused(tmp_path):
         load_config(str(tmp_path))
     with pytest.raises(OSError, match="no_such_folder"):
         load_config("./no_such_folder")
+    # code of a model's own may call its class as it likes
+    LlamaConfig(architectures=["NoSuchChatModel"]).save_pretrained(tmp_path)
+    assert load_config(str(tmp_path)).architectures == ["NoSuchChatModel"]
 
 
 def test_the_first_broken_parameter_is_named():

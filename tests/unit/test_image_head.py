@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from gcpo_trl.policies.image_head import score_tokens
+from gcpo_trl.policies.image_head import Scored, score_tokens
 
 BATCH, SEQ, DIM, VOCAB = 3, 5, 4, 7
 
@@ -65,3 +65,49 @@ def test_scores_are_fp32_also_from_bf16(case):
     head, hidden, tokens = case
     log_probs, entropies = score_tokens(head.bfloat16(), hidden.bfloat16(), tokens, 1.0)
     assert log_probs.dtype == entropies.dtype == torch.float32
+
+
+# only some positions
+
+CHOSEN = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 0, 1]]).bool()
+
+
+@pytest.mark.parametrize("chunk", [4, 2048])
+@pytest.mark.parametrize("rest", [True, False])
+def test_chosen_positions_have_the_gradient_of_all_masked(case, chunk, rest):
+    head, hidden, tokens = case
+    whole = score_tokens(head, hidden, tokens, 0.8, chunk)
+    part = score_tokens(head, hidden, tokens, 0.8, chunk, Scored(CHOSEN, rest))
+    for one, other in zip(part, whole, strict=True):
+        assert_close(one, other if rest else other * CHOSEN, rtol=0, atol=1e-6)
+    masked = [x * CHOSEN for x in whole]
+    assert_close(gradients(head, hidden, part), gradients(head, hidden, masked), rtol=0, atol=1e-6)
+    assert (gradients(head, hidden, score_tokens(head, hidden, tokens, 0.8))[0][~CHOSEN] != 0).any()
+
+
+@pytest.mark.parametrize(("rest", "expected"), [(False, [2, 2, 1, 1]), (True, [2, 2, 1, 1, 3, 2, 2, 2])])
+def test_the_head_is_called_equally_often_however_many_are_chosen(case, rest, expected):
+    # 15 positions in tiles of 4 are 4 calls on every rank, for 6 chosen ones as for none.
+    head, hidden, tokens = case
+    rows = []
+    head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    score_tokens(head, hidden, tokens, 1.0, 4, Scored(CHOSEN, rest))
+    assert rows == expected
+    rows.clear()
+    none = score_tokens(head, hidden, tokens, 1.0, 4, Scored(torch.zeros_like(CHOSEN), rest=False))
+    assert rows == [0] * 4 and none[0].requires_grad and (none[0] == 0).all()
+
+
+def test_an_entropy_without_gradient_is_the_same_number(case):
+    head, hidden, tokens = case
+    with_gradient = score_tokens(head, hidden, tokens, 1.0)
+    without = score_tokens(head, hidden, tokens, 1.0, scored=Scored(entropy_gradient=False))
+    assert torch.equal(without[1], with_gradient[1])
+    assert with_gradient[1].requires_grad and not without[1].requires_grad and without[0].requires_grad
+
+
+def test_a_logit_of_minus_infinity_has_no_entropy():
+    # probabilities 0, 1/4, 3/4: entropy 0.562335
+    logits = torch.tensor([[[-torch.inf, 0.0, 1.0986123]]], requires_grad=True)
+    _, entropies = score_tokens(nn.Identity(), logits, torch.tensor([[1]]), 1.0)
+    assert_close(entropies, torch.tensor([[0.562335]]), rtol=0, atol=1e-6)

@@ -68,7 +68,8 @@ def released_state():
         if name.endswith(("weight", "cls_token", "pos_embed")):
             state[f"blip.{name}"] = torch.randn(shape)
         else:
-            state[f"blip.{name}.weight"] = torch.randn(shape) * 0.7
+            # Words reach the first token by self-attention alone, so that it counts.
+            state[f"blip.{name}.weight"] = torch.randn(shape) * (3.0 if ".attention." in name else 0.7)
             state[f"blip.{name}.bias"] = torch.randn(shape[0]) * 0.7
     widths = [NARROW, 6, 5, 4, 3, 1]
     for name, wide, narrow in zip((0, 2, 4, 6, 7), widths[:-1], widths[1:], strict=True):

@@ -109,8 +109,8 @@ def test_a_recipe_in_full():
     trained = 1_233_125_376 + 102400 * 2048 + (2 * 24 + 1) * 2048
     assert found["parameters, trained"] == found["update: gradients"] == 2 * trained
     assert found["optimizer"] == 2 * 2 * trained + 4 * (24 * 9 + 2)  # nine tensors a layer, embeddings, last norm
-    assert found["rollout: cache"] == 2 * 24 * (8 * 2) * (32 + 575) * 2048 * 2
-    assert found["update: logits tile"] == 2048 * 16384 * 25
+    assert found["rollout: cache"] == 2 * 24 * (8 * 2) * 640 * 2048 * 2
+    assert found["update: logits tile"] == 2048 * 16384 * 20
     assert found["reference model"] == found["parameters, trained"] + found["parameters, frozen"]
     assert found["update: activations, checkpointed"] < found["update: activations"] / 5
 
@@ -229,13 +229,32 @@ def test_the_cache_is_what_the_decoder_allocates(policy, guided):
     rows = torch.tensor([0, 0, 1, 1, 1])
     state, _ = policy.start(prompts, rows, guided)
     assert isinstance(state.decoder, LlamaDecoder)
-    held = sum(t.untyped_storage().nbytes() for t in [*state.decoder.keys, *state.decoder.values])
+    blocks = state.decoder.blocks
+    held = sum(t.untyped_storage().nbytes() for block in blocks for t in (block.keys, block.values))
     run = small_run(sampled=5, guided=guided, prompt=prompts.ids.shape[1])
     assert (
         memory.cache(policy.model, run)
         == held
-        == 2 * LAYERS * (10 if guided else 5) * (prompts.ids.shape[1] + TOKENS - 1) * HIDDEN * 4
+        == 2 * LAYERS * (10 if guided else 5) * 128 * HIDDEN * 4  # 16 to 30 words and 80 tokens, in windows of 64
     )
+
+
+def test_graphs_keep_what_the_sampler_holds(policy):
+    held = {row.name for row in estimate(policy.model, small_run(graphs=True)) if row.when == "always"}
+    assert {"rollout: cache", "rollout: joined weights"} <= held
+    assert not held & {row.name for row in estimate(policy.model, small_run()) if row.when == "rollout"} - {
+        "rollout: cache",
+        "rollout: joined weights",
+    }
+
+
+def test_joined_weights_are_what_the_sampler_copies(policy):
+    state, _ = policy.start(policy.encode(PROMPTS), torch.tensor([0]), False)
+    own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    read = [tensor for block in state.decoder.blocks for maps in block.maps.values() for tensor in maps.tensors]
+    copied = sum(tensor.nbytes for tensor in read if tensor.untyped_storage().data_ptr() not in own)
+    # Queries, keys, values (3 x 32 x 32) and gate with up (2 x 32 x 96) of each of 2 layers, fp32.
+    assert memory.joined(policy.model, small_run()) == copied == 2 * (3 * 32 * 32 + 2 * 32 * 96) * 4
 
 
 def saved_bytes(model, ids, mask, autocast):

@@ -65,7 +65,7 @@ def test_another_prompt_changes_the_score_and_batches_do_not(scorer):
     alone = [pickscore.reward([p], [i], scorer())[0] for p, i in zip(prompts, images, strict=True)]
     assert_close(torch.tensor(together), torch.tensor(alone), rtol=0, atol=1e-4)
     other = pickscore.reward(prompts[1:] + prompts[:1], images, scorer())
-    assert all(abs(mine - theirs) > 1e-3 for mine, theirs in zip(together, other, strict=True))
+    assert all(abs(mine - theirs) > 1e-2 for mine, theirs in zip(together, other, strict=True))
 
 
 def test_a_prompt_longer_than_the_model_reads_is_cut(scorer):

@@ -263,6 +263,22 @@ def test_strategies_by_name_path_and_callable():
     assert critical_tokens(signals_of(torch.rand(1, 3)), "everything")["critical"].all()
 
 
+def test_a_short_text_keeps_as_many_tokens_a_strategy_as_asked():
+    # rows of 25, 9, 2 and 0 tokens: a tenth of them is 2, 0, 0 and 0
+    valid = torch.arange(25)[None] < torch.tensor([25, 9, 2, 0])[:, None]
+    signals = signals_of(torch.rand(4, 25), torch.rand(4, 25), valid)
+    masks = critical_tokens(signals, least=1)
+    assert masks["initial"].sum(1).tolist() == masks["similarity"].sum(1).tolist() == [2, 1, 1, 0]
+    assert masks["entropy_gradient"].sum(1).tolist() == [2, 1, 0, 0]  # of two tokens its window holds the first
+    assert masks["critical"].sum(1).tolist() == [6, 3, 2, 0]
+    assert critical_tokens(signals)["critical"].sum(1).tolist() == [6, 0, 0, 0]
+    # eight tokens in the longest row: an error unless one is kept all the same
+    short = signals_of(torch.rand(1, 8))
+    with pytest.raises(ValueError, match="keeps 0 of 8 tokens"):
+        critical_tokens(short)
+    assert critical_tokens(short, least=1)["critical"].sum() == 3
+
+
 def test_a_strategy_that_takes_a_window_receives_it():
     signals = signals_of(torch.tensor([[1.0, 2, 3, 4, 2, 4, 6, 8, 1, 1, 1, 1, 9, 1, 1, 1]]), grid=(4, 4))
     assert picks(critical_tokens(signals, "entropy_gradient")["critical"]) == [[11]]

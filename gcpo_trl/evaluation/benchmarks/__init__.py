@@ -1,0 +1,1 @@
+"""One file a benchmark; the file's name is what ``gcpo evaluate --benchmark`` takes."""
