@@ -250,6 +250,35 @@ def golden_shapes() -> tuple[float, float]:
 GOLDEN: dict[str, Callable[[], tuple[float, float]]] = {"shapes": golden_shapes}
 
 
+# Rewards that need weights: the class of their settings, and per environment variable its field and the files it needs.
+TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt")
+SETTINGS: dict[str, tuple[str, dict[str, tuple[str, tuple[str, ...]]]]] = {
+    "geneval": ("Models", {"GENEVAL_DETECTOR": ("detector", WEIGHTS), "GENEVAL_CLIP": ("clip", WEIGHTS)}),
+    "hpsv2": ("Scorer", {"HPSV2_TOKENIZER": ("tokenizer", TOKENIZER)}),
+    "pickscore": ("Scorer", {"PICKSCORE_MODEL": ("model", WEIGHTS), "PICKSCORE_TOKENIZER": ("tokenizer", TOKENIZER)}),
+    "clipscore": ("Scorer", {"CLIPSCORE_MODEL": ("model", WEIGHTS)}),
+    "imagereward": (
+        "Scorer",
+        {
+            "IMAGEREWARD_CHECKPOINT": ("checkpoint", ("ImageReward.pt",)),
+            "IMAGEREWARD_TOKENIZER": ("tokenizer", TOKENIZER),
+        },
+    ),
+    "aesthetic": (
+        "Scorer",
+        {"AESTHETIC_HEAD": ("head", ("sac+logos+ava1-l14-linearMSE.pth",)), "AESTHETIC_CLIP": ("clip", WEIGHTS)},
+    ),
+    "aesthetic_v25": (
+        "Scorer",
+        {
+            "AESTHETIC_V25_HEAD": ("head", ("aesthetic_predictor_v2_5.pth",)),
+            "AESTHETIC_V25_SIGLIP": ("siglip", WEIGHTS),
+        },
+    ),
+    "blip_vqa": ("Scorer", {"BLIP_VQA_MODEL": ("model", WEIGHTS)}),
+}
+
+
 def check_golden(name: str) -> Finding:
     """A reward on a picture whose score is known."""
     own, other = GOLDEN[name]()
@@ -261,21 +290,14 @@ def check_golden(name: str) -> Finding:
 
 def wanted_weights(name: str) -> dict[str, tuple[str, tuple[str, ...]]] | None:
     """Environment variable -> the id or path it names and the files of which one must be there; None if unknown."""
-    if name == "geneval":
-        from reward_funcs.geneval import Models
-
-        models = Models()
-        return {"GENEVAL_DETECTOR": (models.detector, WEIGHTS), "GENEVAL_CLIP": (models.clip, WEIGHTS)}
-    if name == "hpsv2":
-        from reward_funcs.hpsv2 import FILES, Scorer
-
-        scorer = Scorer()
-        tokenizer = ("tokenizer.json", "vocab.json")
-        return {
-            "HPSV2_CHECKPOINT": (scorer.checkpoint, (FILES[scorer.version],)),
-            "HPSV2_TOKENIZER": (scorer.tokenizer, tokenizer),
-        }
-    return None
+    if name not in SETTINGS:
+        return None
+    module = importlib.import_module(f"reward_funcs.{name}")
+    owner, variables = SETTINGS[name]
+    settings = getattr(module, owner)()
+    if name == "hpsv2":  # which file it is depends on the version
+        variables = {"HPSV2_CHECKPOINT": ("checkpoint", (module.FILES[settings.version],)), **variables}
+    return {variable: (getattr(settings, attribute), files) for variable, (attribute, files) in variables.items()}
 
 
 def check_weights(name: str) -> Finding:

@@ -49,6 +49,15 @@ def report(capsys, folder):
     return code, {line[6:].partition(":")[0]: line for line in lines}
 
 
+@pytest.mark.parametrize("name", sorted(doctor.SETTINGS))
+def test_every_reward_with_weights_says_which_are_missing(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: None)
+    finding = doctor.check_weights(name)
+    assert finding.status == "warn"
+    assert all(variable in finding.text for variable in doctor.SETTINGS[name][1])
+
+
 def test_a_healthy_environment_exits_0(capsys, tmp_path, installed):
     code, lines = report(capsys, tmp_path)
     assert code == 0
