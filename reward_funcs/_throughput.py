@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _clip, _geneval_color, _geneval_detector, _open_clip, aesthetic, aesthetic_v25, imagereward
+from . import _clip, _geneval_color, _geneval_detector, _open_clip, aesthetic, aesthetic_v25, imagereward, ocr, shapes
 from . import hpsv2 as hpsv2_reward
 from ._runtime import reward_device
 
@@ -161,6 +161,30 @@ def geneval(device: str) -> Subject:
     return Subject("Mask2Former Swin-S, CLIP ViT-L/14", [mask2former, model], score)
 
 
+def ocr_small(device: str) -> Subject:
+    """OCR with the models inside rapidocr, on the CPU; noise has no word, so one is written on each picture."""
+
+    from PIL import ImageDraw
+
+    def score(images: list[Image], texts: list[str]) -> None:
+        for image in images:
+            ImageDraw.Draw(image).rectangle((40, 150, 344, 234), fill="white")
+            ImageDraw.Draw(image).text((60, 165), "OPEN", fill="black", font_size=48)
+        ocr.flow_grpo(['a sign "OPEN"'] * len(images), images)
+
+    return Subject("PP-OCRv6 small (ONNX)", [], score)
+
+
+def shapes_judge(device: str) -> Subject:
+    """The verdict on the shapes world: no model."""
+    asked = '{"tag": "single_object", "include": [{"class": "circle", "count": 1}]}'
+
+    def score(images: list[Image], texts: list[str]) -> None:
+        shapes.reward(texts, [image.resize((36, 36)) for image in images], [asked] * len(images))
+
+    return Subject("none, 36 pixels", [], score)
+
+
 SUBJECTS: dict[str, Callable[[str], Subject]] = {
     "aesthetic": aesthetic_v1,
     "aesthetic_v25": aesthetic_v2_5,
@@ -168,7 +192,9 @@ SUBJECTS: dict[str, Callable[[str], Subject]] = {
     "geneval": geneval,
     "hpsv2": hpsv2,
     "imagereward": image_reward,
+    "ocr": ocr_small,
     "pickscore": pickscore,
+    "shapes": shapes_judge,
 }
 
 
