@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.folder import write_whole
 from ..prompts import geneval
 from .console import say
 
@@ -63,21 +64,10 @@ def weights_of(words: Iterable[str]) -> dict[str, float]:
 
 def report(path: Path, text: str, rows: int, table: str) -> int:
     """Write the file, then print the table."""
-    write_whole(path, text)
+    write_whole(path, text.encode())
     say(table)
     say(f"\n{rows} prompts written to {path}")
     return 0
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is whole or absent: under another name first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(text.encode())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def official_table(tags: Mapping[str, int]) -> str:
