@@ -24,9 +24,15 @@ def image_grid(config: Any) -> tuple[int, int]:
 
 
 def lora_targets(config: Any, modules: Sequence[str] | None = None) -> str:
-    """Pattern of the linear layers that LoRA adapts in the named parts of an image family; default: what trains."""
-    pattern: str = resolve(family_of(config), __name__, "lora_targets")(modules)
-    return pattern
+    """Pattern of full module names for ``LoraConfig.target_modules``: linear layers of the named parts, never a VQ's.
+
+    By default those of the language model. Raises ValueError for a part that has no linear layer to adapt.
+    """
+    layers = resolve(family_of(config), __name__, "LORA_LAYERS")
+    for name in modules or ():
+        if name not in layers:
+            raise ValueError(f"train_modules has {name!r}, which LoRA cannot adapt; use {', '.join(layers)}")
+    return "|".join(rf"(.*\.)?{layers[name]}" for name in modules or ["language_model"])
 
 
 def unquantised(config: Any) -> list[str]:

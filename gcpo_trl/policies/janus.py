@@ -21,11 +21,11 @@ from .decode_state import DecodeState, Generator, begin
 from .image_head import ALL, DECODE_BATCH, ImageScores, Scored, score_tokens, to_pictures
 from .llama_decoder import positions
 
-# Linear layers of each part, as a pattern behind its name. "q_proj" alone would also hit the vision tower.
+# Linear layers of each part, as a pattern of their names. "q_proj" alone would also hit the vision tower.
 LORA_LAYERS = {
-    "language_model": r"layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
-    "generation_head": r"(proj_out|vision_head)",
-    "generation_aligner": r"(fc1|hidden_layers\.\d+)",
+    "language_model": r"language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
+    "generation_head": r"generation_head\.(proj_out|vision_head)",
+    "generation_aligner": r"generation_aligner\.(fc1|hidden_layers\.\d+)",
 }
 # What stays whole where the language model is quantised. transformers spares the output embeddings, which is the text
 # head; images are drawn with these, and together they are small.
@@ -191,18 +191,6 @@ def set_image_generation(model: JanusForConditionalGeneration, image_start_id: i
     """What transformers' image generation reads of ``generation_config`` and has no default for."""
     model.generation_config.guidance_scale = guidance_scale
     model.generation_config.generation_kwargs = {"boi_token_id": image_start_id}
-
-
-def lora_targets(modules: Sequence[str] | None = None) -> str:
-    """Pattern of full module names for ``LoraConfig.target_modules``: linear layers of the named parts, never the VQ's.
-
-    Raises ValueError for a part that has no linear layer to adapt.
-    """
-    names = list(modules) if modules else list(JanusPolicy.default_modules)
-    for name in names:
-        if name not in LORA_LAYERS:
-            raise ValueError(f"train_modules has {name!r}, which LoRA cannot adapt; use {', '.join(LORA_LAYERS)}")
-    return "|".join(rf"(.*\.)?{name}\.{LORA_LAYERS[name]}" for name in names)
 
 
 def adapt(model: JanusForConditionalGeneration, processor: Any) -> JanusPolicy:

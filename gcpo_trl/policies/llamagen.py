@@ -162,15 +162,6 @@ def image_grid(config: Any) -> tuple[int, int]:
     return config.grid_size, config.grid_size
 
 
-def lora_targets(modules: Sequence[str] | None = None) -> str:
-    """Pattern of full module names for ``LoraConfig.target_modules``; by default the body's linear layers."""
-    names = list(modules) if modules else ["language_model"]
-    for name in names:
-        if name not in LORA_LAYERS:
-            raise ValueError(f"train_modules has {name!r}, which LoRA cannot adapt; use {', '.join(LORA_LAYERS)}")
-    return "|".join(rf"(.*\.)?{LORA_LAYERS[name]}" for name in names)
-
-
 def adapt(model: LlamaGenForImageGeneration, processor: Any) -> LlamaGenPolicy:
     """The policy around a loaded model."""
     return LlamaGenPolicy(model, processor)

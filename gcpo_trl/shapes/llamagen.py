@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
@@ -12,7 +10,6 @@ from transformers import JanusVQVAE, PreTrainedTokenizerFast, T5Config, T5Encode
 from ..models import LlamaGenConfig, LlamaGenForImageGeneration, LlamaGenProcessor
 from .build import vocabulary
 
-CHECKPOINT = Path(__file__).parent / "checkpoint_llamagen"
 TEXT_ENCODER = "text_encoder"  # the folder of the T5, inside the model's
 CAPTION_TOKENS = 16  # the longest caption has 10 words and an end
 CAPTION_DIM = 96

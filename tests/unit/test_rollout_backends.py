@@ -11,8 +11,8 @@ from tiny import PROMPTS, TOKENS, build_janus, load_janus
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaModel
 
-from gcpo_trl.policies import llama_decoder
-from gcpo_trl.policies.janus import JanusPolicy, lora_targets
+from gcpo_trl.policies import llama_decoder, lora_targets
+from gcpo_trl.policies.janus import JanusPolicy
 from gcpo_trl.policies.llama_block import LinearMaps, is_plain
 from gcpo_trl.policies.llama_decoder import GrowingDecoder, LlamaDecoder
 from gcpo_trl.rollout import Sampling, engine, graph, sample
@@ -44,7 +44,7 @@ def double(seed=0, adapters=False):
     """The tiny Janus in fp64, with adapters that do something if asked."""
     model = build_janus(seed)
     if adapters:
-        inject_adapter_in_model(LoraConfig(r=2, target_modules=lora_targets()), model)
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=lora_targets(model.config)), model)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.2)
