@@ -153,7 +153,7 @@ def test_training_images_do_not_depend_on_evaluation(tiny_janus, tmp_path, monke
         drawn.append([(seed, index) for index in indices])
         return sample(policy, prompts, seed, indices, sampling)
 
-    monkeypatch.setattr("gcpo_trl.trainer.sample", sample_and_tell)
+    monkeypatch.setattr("gcpo_trl.draws.sample", sample_and_tell)
     alone = record(first := janus_trainer(tiny_janus, tmp_path / "a", max_steps=2))
     first.train()
     between = {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2}

@@ -1,0 +1,104 @@
+"""From prompts to rewarded pictures: the first half of `GCPOTrainer`'s step.
+
+TRL sees token ids and a label for each image; the pictures wait here for the rewards.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import trl_compat
+from .checks import first_non_finite
+from .rewards import without_partly_scored
+from .rollout import Rollout, Sampling, sample
+
+EVAL_SEED_OFFSET = 7_919  # keeps evaluation images apart from training images of the same seed
+
+
+class Draws:
+    """Base of a GRPOTrainer whose policy may draw images. Text passes through to TRL."""
+
+    # Class-level defaults: parts of TRL and its tests build trainers without __init__.
+    policy: Any = None
+    args: Any
+    accelerator: Any
+    model: Any
+    _rollout: Rollout | None = None
+    _images: list[Any] | None = None
+    _token_table: Tensor | None = None
+    _rewards: Tensor | None = None
+    _eval_samples = 0
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """Draw one image a prompt; TRL sees token ids and a label, the pictures wait for the rewards."""
+        if self.policy is None:  # made without __init__
+            return super()._generate(prompts)
+        with self._timed("rollout"):
+            return self._draw(prompts) if self.policy.generates_images else super()._generate(prompts)
+
+    def _draw(self, prompts: list[Any]) -> tuple[Any, ...]:
+        start = time.perf_counter()
+        seed, indices = self._sample_indices(len(prompts))
+        with trl_compat.generation_context(self):
+            encoded = self.policy.encode(prompts)
+            self._rollout = self._sample(prompts, seed, indices)
+            self._images = self.policy.decode(self._rollout.tokens)
+            # Read here, where ZeRO-3 has gathered the weights.
+            self._token_table = self.policy.token_table(self.args.select_similarity_space).detach().clone()
+        tokens = self._rollout.tokens
+        self._log_mean("gcpo/entropy/all", self._rollout.entropy, torch.ones_like(tokens))
+        self._log_ratio("gcpo/rollout/tokens_per_s", tokens.numel(), time.perf_counter() - start)
+        labels = [f"image {index} of step {self.state.global_step}" for index in indices]
+        ids = [encoded.row_ids(row) for row in range(len(prompts))]
+        return trl_compat.eight_of_generate(ids, tokens.tolist(), labels)
+
+    def _sample(self, prompts: list[Any], seed: int, indices: list[int]) -> Rollout:
+        args = self.args
+        sampling = Sampling(
+            guidance_scale=args.rollout_guidance_scale,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            batch_size=args.rollout_batch_size,
+            entropy_from=args.select_entropy_from,
+            backend=args.rollout_backend,
+        )
+        progress = not args.disable_tqdm and self.accelerator.is_main_process
+        try:
+            return sample(self.policy, prompts, seed, indices, sampling, progress)
+        except FloatingPointError as error:
+            where = first_non_finite(self._plain(self.model))
+            raise FloatingPointError(f"step {self.state.global_step}: {error}; {where}") from error
+
+    def _sample_indices(self, count: int) -> tuple[int, list[int]]:
+        """Seed and global indices of this rank's next ``count`` samples: no two samples of a run share both."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if self.model.training:
+            seed, first = self.args.seed, self._step * count * world
+        else:
+            seed, first = self.args.seed + EVAL_SEED_OFFSET, self._eval_samples
+            self._eval_samples += count * world
+        return seed, list(range(first + rank * count, first + (rank + 1) * count))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """GRPOTrainer's evaluation; every call draws its images from the same seeds."""
+        self._eval_samples = 0
+        return super().evaluate(*args, **kwargs)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """Rewards of pictures, not of their labels; ``(batch, functions)`` of all ranks, NaN where there is none."""
+        if self._images is not None:
+            completions = self._images
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, missing in zip(self.reward_func_names, rewards.isnan().float().mean(dim=0).tolist(), strict=True):
+            metrics[f"gcpo/reward/{name}/missing"].append(missing)
+        if (self.args.reward_missing or ("partial" if self._images is None else "skip")) == "skip":
+            rewards = without_partly_scored(rewards, self.reward_weights.to(rewards.device))
+        metrics["gcpo/reward/skipped"].append(rewards.isnan().all(dim=1).float().mean().item())
+        self._rewards = rewards
+        return rewards

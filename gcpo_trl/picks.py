@@ -1,0 +1,108 @@
+"""From rewarded pictures to a batch that trains: the critical tokens of `GCPOTrainer`, and what they are chosen by."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from . import trl_compat
+from .objective.selection import critical_tokens
+from .objective.signals import Signals, SignalsOnDemand, group_similarity_from_ids
+from .selected import with_rollout_logps
+
+
+class Picks:
+    """Base of a GRPOTrainer whose loss sees the critical tokens only."""
+
+    policy: Any
+    args: Any
+    accelerator: Any
+    model: Any
+    _image_log: Any = None
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's batch, its loss mask narrowed to the critical tokens (before TRL shuffles groups apart)."""
+        with trl_compat.reference_scored(self, needed=self.args.needs_weight):
+            batch = super()._generate_and_score_completions(inputs)
+        masks = {} if self.args.selects_everything else self._critical(batch)
+        if self._image_log is not None and self.model.training:
+            prompts = [row["prompt"] for row in inputs]
+            self._image_log.show(self.state.global_step + 1, self._images, prompts, self._rewards, masks)
+        if not masks:
+            return batch
+        batch = trl_compat.with_critical_mask(self, batch, masks["critical"], self._valid(batch))
+        return with_rollout_logps(batch, self._rollout, self._plain(self.model), self.args)
+
+    def _critical(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The mask of each strategy and their union, "critical"; ``(batch, seq)`` each."""
+        masks = critical_tokens(
+            self._signals(batch),
+            strategies=self.args.select_strategies,
+            fraction=self.args.select_fraction,
+            combine=self.args.select_combine,
+            window=tuple(self.args.select_window),
+            complement=self.args.select_complement,
+            least=0 if self.policy.generates_images else 1,
+        )
+        for name, mask in masks.items():
+            self._log_mean(f"gcpo/select/{'fraction' if name == 'critical' else name}", mask, self._valid(batch))
+        return masks
+
+    def _signals(self, batch: dict[str, Any]) -> Signals:
+        """What a strategy may read; entropy comes with an image, all else is computed if one does read it."""
+        valid, rollout = self._valid(batch), self._rollout
+        makers = {
+            "entropy": partial(self._text_entropy, batch, valid) if rollout is None else lambda: rollout.entropy,
+            "similarity": partial(self._similarity, batch, valid),
+        }
+        seed = (self.args.seed * 1_000_003 + self._step) * self.accelerator.num_processes
+        generator = torch.Generator().manual_seed(seed + self.accelerator.process_index)
+        return SignalsOnDemand(makers, valid, self.policy.grid, generator)
+
+    def _valid(self, batch: dict[str, Any]) -> Tensor:
+        """True on tokens that the policy drew, not padding nor a tool's answer; in the loss, on the critical ones."""
+        return (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
+
+    def _similarity(self, batch: dict[str, Any], valid: Tensor) -> Tensor:
+        """Group similarity of each position; token ids are gathered, because a group may span ranks."""
+        mode = "train" if self.model.training else "eval"
+        group = self.num_generations if mode == "train" else self.num_generations_eval
+        accelerator, (rows, seq) = self.accelerator, valid.shape
+        ids, alive = (
+            accelerator.gather(accelerator.pad_across_processes(x.contiguous(), dim=1))
+            for x in (batch["completion_ids"], valid.long())
+        )
+        used, ids = ids.unique(return_inverse=True)  # a text vocabulary is far larger than a batch
+        similarity = group_similarity_from_ids(
+            rearrange(ids, "(prompts group) seq -> prompts group seq", group=group),
+            self._table_rows(used),
+            rearrange(alive.bool(), "(prompts group) seq -> prompts group seq", group=group),
+        ).repeat_interleave(group, dim=0)
+        first = accelerator.process_index * rows
+        return similarity[first : first + rows, :seq]
+
+    def _table_rows(self, tokens: Tensor) -> Tensor:
+        """Embeddings ``(tokens, dim)`` in which similarity is measured."""
+        if self._token_table is not None:
+            return self._token_table[tokens]
+        with trl_compat.gathered(self, self.policy.model.get_input_embeddings()):
+            return self.policy.token_table(self.args.select_similarity_space)[tokens]
+
+    @torch.no_grad()
+    def _text_entropy(self, batch: dict[str, Any], valid: Tensor) -> Tensor:
+        """Entropy of each token under the policy; text is sampled by TRL, which keeps none."""
+        _, entropy, _ = super()._get_per_token_logps_and_entropies(
+            self.model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].shape[1],
+            batch_size=self.args.per_device_train_batch_size,
+            compute_entropy=True,
+            **{key: batch[key] for key in trl_compat.MULTIMODAL if key in batch},
+        )
+        self._log_mean("gcpo/entropy/all", entropy, valid)
+        return entropy
