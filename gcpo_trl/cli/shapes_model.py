@@ -1,6 +1,7 @@
-"""``gcpo shapes-model``: the tiny Janus from scratch, image tokenizer first, and the figures that it must reach.
+"""``gcpo shapes-model``: a tiny model of the shapes world from scratch, and the figures that it must reach.
 
-Every stage leaves its model in the work folder, so a killed run goes on with the stage it was in.
+The tiny Janus starts with its image tokenizer; the tiny LlamaGen takes the one that the tiny Janus ships with. Every
+stage leaves its model in the work folder, so a killed run goes on with the stage it was in.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ import argparse
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import JanusForConditionalGeneration, JanusProcessor, JanusVQVAE
+from transformers import JanusForConditionalGeneration, JanusVQVAE
 
 from ..evaluation.ground_truth import ground_truth_table
 from ..evaluation.shapes import evaluate
-from ..policies.janus import JanusPolicy
 from ..rollout import Sampling
-from ..shapes.build import CHECKPOINT, GRID, IMAGE_CODES, build_model, build_processor, save_atomically
+from ..shapes.build import CHECKPOINT, GRID, IMAGE_CODES, LLAMAGEN_CHECKPOINT, save_atomically
+from ..shapes.llamagen import LlamaGenLearner
 from ..shapes.localize import localize_tokenizer
 from ..shapes.renderer import IMAGE_SIZE
 from ..shapes.train_policy import STAGES, JanusLearner, any_scenes, scenes, train_policy
@@ -27,11 +29,14 @@ from .console import say
 HIDDEN, LAYERS, HEADS = 128, 4, 4
 TOKENIZER_SCENES = 20_000
 TOKENIZER_STEPS, LOCAL_STEPS = 3500, 1500
+LEARNERS: dict[str, Any] = {"janus": JanusLearner, "llamagen": LlamaGenLearner}
+PLACES = {"janus": CHECKPOINT, "llamagen": LLAMAGEN_CHECKPOINT}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--out", type=Path, default=CHECKPOINT)
+    parser.add_argument("--model", choices=list(LEARNERS), default="janus")
+    parser.add_argument("--out", type=Path, default=None, help="default: where the package keeps it")
     parser.add_argument("--work", type=Path, default=Path("outputs/shapes-model"), help="where stages are kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, to try the command")
@@ -41,7 +46,9 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     """Check the options; the returned function trains the model."""
     if not 0 < options.scale <= 1:
         raise ValueError(f"--scale is {options.scale}; it is a share of the training steps, above 0 and at most 1")
-    if options.scale < 1 and options.out == CHECKPOINT:
+    shipped = PLACES[options.model]
+    options.out = options.out or shipped
+    if options.scale < 1 and options.out == shipped:
         raise ValueError(
             f"--scale {options.scale:g} would replace the model that ships; name another folder with --out"
         )
@@ -50,11 +57,11 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
 
 def train_world(options: argparse.Namespace) -> int:
     """Train, save in transformers' layout (bf16 safetensors), report the figures."""
-    tokenizer, processor = image_tokenizer(options), build_processor()
+    tokenizer = image_tokenizer(options) if options.model == "janus" else shipped_tokenizer()
     say(ground_truth_table(tokenizer, scenes_a_task=300))
-    model = policy_model(options, tokenizer, processor)
-    save_atomically(options.out, model.to(torch.bfloat16), processor)
-    policy = JanusPolicy(model.float(), processor)
+    learner = learnt(options, tokenizer)
+    learner.save(options.out, torch.bfloat16)
+    policy = learner.policy()
     for scale in (1.0, 1.5, 2.0, 3.0, 5.0):
         report = evaluate(policy, Sampling(guidance_scale=scale, batch_size=256), images_a_prompt=2)
         say(f"\nguidance {scale:g}\n{report.table()}")
@@ -73,6 +80,12 @@ def stage_folder(options: argparse.Namespace, name: str) -> Path:
     return folder
 
 
+def shipped_tokenizer() -> JanusVQVAE:
+    """The image tokenizer of the tiny Janus in this package, in fp32."""
+    model = JanusForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    return model.model.vqmodel.eval().requires_grad_(False)
+
+
 def image_tokenizer(options: argparse.Namespace) -> JanusVQVAE:
     """The trained image tokenizer: reconstruction first, then local codes. Saved once, taken from disk afterwards."""
     folder = stage_folder(options, "image_tokenizer")
@@ -88,25 +101,22 @@ def image_tokenizer(options: argparse.Namespace) -> JanusVQVAE:
     return model
 
 
-def policy_model(
-    options: argparse.Namespace, tokenizer: JanusVQVAE, processor: JanusProcessor
-) -> JanusForConditionalGeneration:
+def learnt(options: argparse.Namespace, tokenizer: JanusVQVAE) -> Any:
     """The policy after its last stage; stages that are in the work folder are not repeated."""
-    folders = [stage_folder(options, f"policy_{stage}") for stage in range(len(STAGES))]
+    kind = LEARNERS[options.model]
+    prefix = "policy" if options.model == "janus" else options.model
+    folders = [stage_folder(options, f"{prefix}_{stage}") for stage in range(len(STAGES))]
     done = max((stage + 1 for stage, folder in enumerate(folders) if folder.exists()), default=0)
     if done:
-        model = JanusForConditionalGeneration.from_pretrained(folders[done - 1], dtype=torch.float32)
+        learner = kind.open(folders[done - 1])
     else:
         seed_everything(options.seed)
-        model = build_model(tokenizer.config, HIDDEN, LAYERS, HEADS)
-        model.model.vqmodel.load_state_dict(tokenizer.state_dict())
-        model.model.generation_embeddings.weight.data.copy_(tokenizer.quantize.embedding.weight)
+        learner = kind.fresh(tokenizer, HIDDEN, LAYERS, HEADS)
     for stage, (count, noise, tasks) in list(enumerate(STAGES))[done:]:
-        seed = options.seed + stage
-        losses = train_policy(JanusLearner(model, processor), tokenizer, steps(options, count), noise, tasks, seed=seed)
+        losses = train_policy(learner, tokenizer, steps(options, count), noise, tasks, seed=options.seed + stage)
         say(f"policy, stage {stage}: {losses}")
-        save_atomically(folders[stage], model)
-    return model
+        learner.save(folders[stage])
+    return learner
 
 
 def seed_everything(seed: int) -> None:

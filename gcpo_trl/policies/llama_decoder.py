@@ -104,9 +104,7 @@ class LlamaDecoder:
         """Everything up to here is read; without padding all of it is seen."""
         end, here = self.length + 1, self.taken
         bias = self.bias[:, :, :end] if self.padded else self.bias[:1, :, :1]
-        return Place(
-            self.columns[end - 1 : end], self.cosine[here], self.signed_sine[here], end, bias, int(self.padded)
-        )
+        return Place(end - 1, self.cosine[here], self.signed_sine[here], end, bias, int(self.padded))
 
     def _fixed(self, window: int) -> Place:
         """The whole window is read, and what lies behind this token is hidden."""

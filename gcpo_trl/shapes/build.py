@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -18,7 +19,6 @@ from transformers import (
     JanusVisionConfig,
     JanusVQVAEConfig,
     LlamaConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
@@ -28,7 +28,9 @@ from .grammar import COLORS, NUMBERS, SHAPES
 from .renderer import IMAGE_SIZE
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-SHIPPED = {"shapes-janus": str(CHECKPOINT)}  # names that stand for a model in this package
+LLAMAGEN_CHECKPOINT = Path(__file__).parent / "checkpoint_llamagen"
+# Names that stand for a model in this package.
+SHIPPED = {"shapes-janus": str(CHECKPOINT), "shapes-llamagen": str(LLAMAGEN_CHECKPOINT)}
 GUIDANCE = 1.5  # the scale at which the shipped model draws best
 GRID = 9
 IMAGE_CODES = 512
@@ -140,14 +142,16 @@ def build_model(
     return model
 
 
-def save_atomically(folder: Path, *parts: PreTrainedModel | JanusProcessor) -> None:
-    """Save ``parts`` under ``folder``, which appears only once it is complete."""
+def save_atomically(folder: Path, *parts: Any, **inside: Any) -> None:
+    """Save models and processors under ``folder``, which appears only once it is complete; ``inside``: subfolders."""
     partial = folder.with_name(folder.name + ".new")
     if partial.exists():  # left by a run that was killed while saving
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     for part in parts:
         part.save_pretrained(partial)
+    for name, part in inside.items():
+        part.save_pretrained(partial / name)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import JanusVQVAE, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from ..models import LlamaGenConfig, LlamaGenForImageGeneration, LlamaGenProcessor
-from .build import vocabulary
+from ..models.llamagen.text import TextEncoder
+from ..policies.llamagen import LlamaGenPolicy
+from .build import save_atomically, vocabulary
 
 TEXT_ENCODER = "text_encoder"  # the folder of the T5, inside the model's
 CAPTION_TOKENS = 16  # the longest caption has 10 words and an end
@@ -73,6 +77,30 @@ class LlamaGenLearner:
     ) -> None:
         self.model, self.processor, self.text_encoder = model, processor, text_encoder
         self.parameters = [*model.model.parameters(), *model.lm_head.parameters(), *text_encoder.parameters()]
+
+    @classmethod
+    def fresh(cls, tokenizer: JanusVQVAE, hidden_size: int, layers: int, heads: int) -> LlamaGenLearner:
+        """A random policy and text encoder around the weights of a trained image tokenizer."""
+        text_encoder = build_text_encoder()
+        return cls(build_model(tokenizer, hidden_size, layers, heads), build_processor(), text_encoder)
+
+    @classmethod
+    def open(cls, folder: Path) -> LlamaGenLearner:
+        """What `save` wrote, in fp32."""
+        model = LlamaGenForImageGeneration.from_pretrained(folder, dtype=torch.float32)
+        text_encoder = T5EncoderModel.from_pretrained(folder / TEXT_ENCODER, dtype=torch.float32)
+        return cls(model, build_processor(), text_encoder)
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Model, processor and text encoder; the ones in memory then have the rounded weights, in fp32."""
+        parts = self.model.to(dtype), self.processor
+        save_atomically(folder, *parts, **{TEXT_ENCODER: self.text_encoder.to(dtype)})
+        self.model.float()
+        self.text_encoder.float()
+
+    def policy(self) -> LlamaGenPolicy:
+        encoder = self.text_encoder.requires_grad_(False).eval()
+        return LlamaGenPolicy(self.model, self.processor, TextEncoder(TEXT_ENCODER, CAPTION_TOKENS, lambda *_: encoder))
 
     def encode(self, captions: list[str]) -> tuple[torch.Tensor, ...]:
         """Ids and mask ``(captions, CAPTION_TOKENS)``, left-padded."""

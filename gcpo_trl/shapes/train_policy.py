@@ -12,6 +12,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import JanusForConditionalGeneration, JanusProcessor, JanusVQVAE, PreTrainedModel
 
+from ..policies.janus import JanusPolicy
+from .build import build_model, build_processor, save_atomically
 from .grammar import COLORS, INVERSE, SHAPES, TASKS, Item, Spec, all_specs, split_specs
 from .localize import encode_tiles
 from .renderer import draw, gradient
@@ -139,6 +142,27 @@ class Learner(Protocol):
 
 class JanusLearner:
     """The tiny Janus: language model and image parts train, the image tokenizer does not."""
+
+    @classmethod
+    def fresh(cls, tokenizer: JanusVQVAE, hidden_size: int, layers: int, heads: int) -> JanusLearner:
+        """A random policy around the weights of a trained image tokenizer."""
+        model = build_model(tokenizer.config, hidden_size, layers, heads)
+        model.model.vqmodel.load_state_dict(tokenizer.state_dict())
+        model.model.generation_embeddings.weight.data.copy_(tokenizer.quantize.embedding.weight)
+        return cls(model, build_processor())
+
+    @classmethod
+    def open(cls, folder: Path) -> JanusLearner:
+        """What `save` wrote, in fp32."""
+        return cls(JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.float32), build_processor())
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Model and processor in transformers' layout; the model in memory then has the rounded weights, in fp32."""
+        save_atomically(folder, self.model.to(dtype), self.processor)
+        self.model.float()
+
+    def policy(self) -> JanusPolicy:
+        return JanusPolicy(self.model, self.processor)
 
     def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor) -> None:
         self.model, self.processor = model, processor
