@@ -36,11 +36,11 @@ class GCPOConfig(GRPOConfig):
             "similarity."
         },
     )
-    select_fraction: float = field(
-        default=0.1,
+    select_fraction: list[float] = field(
+        default_factory=lambda: [0.1],
         metadata={
             "help": "Share of an image's or a text's tokens that each strategy keeps, in (0, 1]; of a text at least "
-            "one token. Published: 0.1."
+            "one token. One number for all strategies, or one each in their order. Published: 0.1."
         },
     )
     select_combine: str = field(
@@ -56,6 +56,10 @@ class GCPOConfig(GRPOConfig):
             "help": "Part of the sequence in which entropy_gradient looks, as shares. Released code: 0.1 0.9; the "
             "paper does not restrict it (0 1)."
         },
+    )
+    select_smoothing: bool = field(
+        default=True,
+        metadata={"help": "Average the entropy map over earlier neighbours before its gradient is taken (Eq. 4)."},
     )
     select_complement: bool = field(
         default=False, metadata={"help": "Train on the tokens that were NOT selected: the paper's control experiment."}
@@ -236,23 +240,35 @@ class GCPOConfig(GRPOConfig):
                 "select_complement=True with select_strategies=['everything'] trains on no token; name other "
                 "strategies, or set select_complement=False"
             )
-        if not 0 < self.select_fraction <= 1:
-            raise ValueError(f"select_fraction={self.select_fraction} must lie in (0, 1]; the paper uses 0.1")
-        total = self.select_fraction * len(self.select_strategies)
-        if self.select_combine == "disjoint" and total > 1 + 1e-9:
-            raise ValueError(
-                f"select_fraction={self.select_fraction} for {len(self.select_strategies)} strategies asks for "
-                f"{total:g} of all tokens; lower it to at most {1 / len(self.select_strategies):.4g}, or set "
-                "select_combine='union'"
-            )
+        self._check_fractions()
         if len(self.select_window) != 2 or not 0 <= self.select_window[0] < self.select_window[1] <= 1:
             raise ValueError(
                 f"select_window={self.select_window} must be two shares 0 <= start < end <= 1, such as [0.1, 0.9]"
             )
 
+    def _check_fractions(self) -> None:
+        shares = self.select_fraction if isinstance(self.select_fraction, list) else [self.select_fraction]
+        if len(shares) == 1:
+            self.select_fraction = shares[0]
+        if not all(0 < share <= 1 for share in shares):
+            raise ValueError(f"select_fraction={self.select_fraction} must lie in (0, 1]; the paper uses 0.1")
+        count = len(self.select_strategies)
+        if len(shares) not in (1, count):
+            raise ValueError(
+                f"select_fraction={shares} has {len(shares)} shares for {count} strategies "
+                f"({', '.join(self.select_strategies)}); write one for all, or one each"
+            )
+        total = sum(shares) * (count if len(shares) == 1 else 1)
+        if self.select_combine == "disjoint" and total > 1 + 1e-9:
+            raise ValueError(
+                f"select_fraction={self.select_fraction} for {count} strategies asks for {total:g} of all tokens; "
+                f"lower it to at most {1 / count:.4g}, or set select_combine='union'"
+            )
+
     def check_tokens(self, tokens: int) -> None:
         """Raise if a strategy keeps none of an image's ``tokens``."""
-        if not self.selects_everything and math.floor(self.select_fraction * tokens + 1e-9) == 0:
+        shares = self.select_fraction if isinstance(self.select_fraction, list) else [self.select_fraction]
+        if not self.selects_everything and math.floor(min(shares) * tokens + 1e-9) == 0:
             raise ValueError(
                 f"select_fraction={self.select_fraction} keeps 0 of {tokens} tokens; raise it to at least "
                 f"{1 / tokens:.4f}"

@@ -46,6 +46,7 @@ class Picks:
             combine=self.args.select_combine,
             window=tuple(self.args.select_window),
             complement=self.args.select_complement,
+            smoothing=self.args.select_smoothing,
             least=0 if self.policy.generates_images else 1,
         )
         for name, mask in masks.items():

@@ -61,6 +61,9 @@ MISTAKES = [
     ({"select_fraction": 1.2}, ["select_fraction=1.2", "(0, 1]"]),
     ({"select_fraction": -0.1}, ["select_fraction=-0.1"]),
     ({"select_fraction": float("nan")}, ["select_fraction=nan", "(0, 1]"]),
+    ({"select_fraction": [0.1, 0.1]}, ["select_fraction=[0.1, 0.1]", "2 shares for 3 strategies", "one each"]),
+    ({"select_fraction": [0.1, 0.0, 0.1]}, ["select_fraction=[0.1, 0.0, 0.1]", "(0, 1]"]),
+    ({"select_fraction": [0.5, 0.4, 0.3]}, ["1.2 of all tokens"]),
     ({"select_fraction": 0.4}, ["select_fraction=0.4", "3 strategies", "1.2", "0.3333", "select_combine='union'"]),
     ({"select_combine": "plus"}, ["select_combine='plus'", "disjoint, union"]),
     ({"select_window": [0.9, 0.1]}, ["select_window=[0.9, 0.1]", "[0.1, 0.9]"]),
@@ -94,6 +97,8 @@ def test_a_wrong_setting_is_refused(settings, words):
 def test_thirds_are_not_too_much():
     # 3 x 1/3 sums to 1 exactly for the user, whatever floats make of it.
     assert config(select_fraction=1 / 3).select_fraction == 1 / 3
+    assert config(select_fraction=[0.2]).select_fraction == 0.2
+    assert config(select_fraction=[0.5, 0.3, 0.2]).select_fraction == [0.5, 0.3, 0.2]
     assert config(select_fraction=0.9, select_combine="union").select_combine == "union"
 
 

@@ -4,7 +4,8 @@
 
 A strategy is a file here that defines `select(signals, eligible, count) -> critical`; its name is the file name.
 `eligible` (batch, seq) marks the positions it may pick, `count` how many a row: an int or (batch,).
-It may also take `window`, the shares of the sequence between which to look, and then receives that of the call.
+It may also take `window`, the shares of the sequence between which to look, or `smoothing`, whether the entropy map is
+averaged first, and then receives those of the call.
 """
 
 import difflib
@@ -41,6 +42,7 @@ def critical_tokens(
     window: tuple[float, float] = (0.1, 0.9),
     complement: bool = False,
     least: int = 0,
+    smoothing: bool = True,
 ) -> dict[str, Bool[Tensor, "batch seq"]]:
     """The mask of each strategy under its name, and their union under "critical"; True means: trains.
 
@@ -53,6 +55,7 @@ def critical_tokens(
     complement  "critical" is the valid tokens that were not picked
     least       tokens a strategy picks at least where a row has them: 1 for texts, which may be short. With 0, as
                 published for images of one size, a row shorter than 1 / fraction gets none from that strategy
+    smoothing   for strategies that take it; False leaves out Eq. 4 (Table 9)
 
     Rows count their own valid tokens.
 
@@ -63,9 +66,11 @@ def critical_tokens(
     plan = _plan(strategies, fraction, combine)
     tokens = signals.valid.sum(dim=-1)
     eligible = signals.valid
+    given = {"window": window, "smoothing": smoothing}
     masks: dict[str, Tensor] = {}
     for name, select, share in plan:
-        options = {"window": window} if "window" in inspect.signature(select).parameters else {}
+        asked = inspect.signature(select).parameters
+        options = {key: value for key, value in given.items() if key in asked}
         picked = select(signals, eligible, floor_share(share, tokens).clamp(min=least), **options)
         masks[name] = _checked(name, picked, share, signals.valid, least)
         if combine == "disjoint":

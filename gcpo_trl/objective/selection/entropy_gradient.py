@@ -20,19 +20,21 @@ def select(
     eligible: Bool[Tensor, "batch seq"],
     count: Count,
     window: tuple[float, float] = WINDOW,
+    smoothing: bool = True,
 ) -> Bool[Tensor, "batch seq"]:
     """The `count` eligible positions inside the window with the largest gradient magnitude; ties: lower index.
 
     A row gets fewer than `count` where the window holds fewer eligible positions. A sequence without a grid is a
-    grid of one row, in which padding does not exist.
+    grid of one row, in which padding does not exist. Without `smoothing` the gradient is that of the entropy itself.
 
     Gradient: none.
     """
     height, width = signals.grid or (1, signals.entropy.shape[-1])
     layout = "batch (height width) -> batch height width"
     valid = rearrange(signals.valid, layout, height=height, width=width)
-    smooth = causal_neighborhood_mean(rearrange(signals.entropy, layout, height=height, width=width), valid)
-    magnitude = rearrange(gradient_magnitude(smooth, valid), "batch height width -> batch (height width)")
+    entropy = rearrange(signals.entropy, layout, height=height, width=width)
+    surface = causal_neighborhood_mean(entropy, valid) if smoothing else entropy
+    magnitude = rearrange(gradient_magnitude(surface, valid), "batch height width -> batch (height width)")
     return highest(magnitude, eligible & inside(window, signals.valid), count)
 
 
