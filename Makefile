@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WEIGHTS := .cache/weights/.fetched
+MODEL ?= janus
 EXTRAS := deepspeed,wandb,trackers,qlora,remote,serve,captions,ocr,viz,notebooks,dev
 PIP := $(BIN)/python -m pip
 
@@ -57,8 +58,8 @@ test: check smoke  ## check and smoke: what CI runs
 demo: $(STAMP)  ## the main job: train, evaluate, pictures
 	$(BIN)/gcpo demo
 
-learn: $(STAMP)  ## the comparison of arms on the shapes world
-	$(BIN)/gcpo learn
+learn: $(STAMP)  ## every study of recipes/studies on the shapes world: hours; what is there is not run again
+	$(BIN)/gcpo study recipes/studies/*.yaml --readme recipes/studies/README.md
 
 bench: $(STAMP)  ## speed and memory beside their peers: outputs/bench.json
 	OMP_NUM_THREADS=1 $(BIN)/gcpo bench --json outputs/bench.json
@@ -66,8 +67,8 @@ bench: $(STAMP)  ## speed and memory beside their peers: outputs/bench.json
 gpu: $(STAMP)  ## parity on real weights; set GCPO_WEIGHTS
 	$(BIN)/pytest -m 'gpu or weights' tests
 
-shapes-model: $(STAMP)  ## rebuild the tiny model of the shapes world
-	$(BIN)/gcpo shapes-model
+shapes-model: $(STAMP)  ## rebuild a tiny model of the shapes world: MODEL=janus or llamagen
+	$(BIN)/gcpo shapes-model --model $(MODEL)
 
 format: $(STAMP)  ## ruff's fixes and format
 	$(BIN)/ruff check --fix .

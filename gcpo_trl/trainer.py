@@ -50,7 +50,7 @@ class GCPOTrainer(Draws, Picks, Timed, ExactResume, GRPOTrainer):
     """`trl.GRPOTrainer` that trains image (and text) policies on critical tokens with a dynamic advantage weight.
 
     Takes GRPOTrainer's arguments; ``args`` is a `GCPOConfig`. A plain `GRPOConfig` trains exactly as GRPOTrainer would.
-    ``model`` may also be "shapes-janus", the tiny Janus that ships with the package.
+    ``model`` may also be "shapes-janus" or "shapes-llamagen", the tiny models that ship with the package.
     For an image policy the reward functions receive PIL images as ``completions`` and may return None for an image that
     they could not score.
 

@@ -18,11 +18,11 @@ COMMANDS = {
     "evaluate": "score a model on a benchmark, or compare runs: gcpo evaluate --benchmark geneval --out report.json",
     "convert": "released checkpoints into folders that from_pretrained opens: gcpo convert llamagen IN.pt OUT/",
     "demo": "train on the shapes world and show what was learnt",
-    "learn": "compare GRPO, GCPO and its ablations on the shapes world",
+    "study": "the runs of a comparison, their table and pictures: gcpo study recipes/studies/table3.yaml",
     "bench": "measure speed and memory beside a peer: gcpo bench rollout|loss|selection|step|scale [--json FILE]",
     "doctor": "check this installation, or count a recipe's memory: gcpo doctor [--memory RECIPE.yaml]",
     "serve-rewards": "serve rewards over HTTP to training elsewhere: gcpo serve-rewards geneval hpsv2 --port 8000",
-    "shapes-model": "train the tiny Janus of the shapes world from scratch",
+    "shapes-model": "train a tiny model of the shapes world from scratch",
 }
 TAKES_KEYS = ("train", "doctor")  # commands that take a recipe's --key value, and so read their words themselves
 

@@ -77,16 +77,24 @@ def parse(arguments: list[str]) -> tuple[RunArguments, GCPOConfig, ModelConfig]:
     arguments = list(arguments)
     if arguments and arguments[0] == "--config":
         arguments.pop(0)
-    parser = TrlParser((RunArguments, GCPOConfig, ModelConfig))
-    known = {action.dest for action in parser._actions} - {"help"}
     settings: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("--"):
         settings = read_recipe(arguments.pop(0))
-        for key, value in settings.pop("env", {}).items():
-            os.environ[key] = str(value)
-        _check_keys(settings, known, "the recipe")
+    return parsed(settings, arguments)
+
+
+def parsed(
+    settings: dict[str, Any], arguments: list[str] | None = None, where: str = "the recipe"
+) -> tuple[RunArguments, GCPOConfig, ModelConfig]:
+    """`parse` of a recipe's settings as they are; ``where`` is what an error calls them."""
+    parser = TrlParser((RunArguments, GCPOConfig, ModelConfig))
+    known = {action.dest for action in parser._actions} - {"help"}
+    settings, arguments = dict(settings), list(arguments or [])
+    for key, value in settings.pop("env", {}).items():
+        os.environ[key] = str(value)
+    check_keys(settings, known, where)
     given = _given(arguments)
-    _check_keys(set(given) - {"help"}, known | {f"no_{key}" for key in known}, "the command line")
+    check_keys(set(given) - {"help"}, known | {f"no_{key}" for key in known}, "the command line")
     settings |= launcher_settings(settings | given)
     settings |= _accumulation(settings, given)
     parser.set_defaults_with_config(**settings)
@@ -120,7 +128,8 @@ def _accumulation(recipe: dict[str, Any], given: dict[str, str]) -> dict[str, in
     }
 
 
-def _check_keys(keys: Any, known: set[str], where: str) -> None:
+def check_keys(keys: Any, known: set[str], where: str) -> None:
+    """Raise ValueError for the first of ``keys`` that is not ``known``, with the nearest that are."""
     for key in sorted(keys):
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=3)

@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, and how to sample from it."""
-    parser.add_argument("--model", default="shapes-janus", help="path, hub id or 'shapes-janus'")
+    parser.add_argument("--model", default="shapes-janus", help=f"path, hub id, {' or '.join(SHIPPED)}")
     parser.add_argument("--adapter", default=None, help="LoRA adapter on that model: path or hub id")
-    parser.add_argument("--family", default="janus", help="adapter in gcpo_trl/policies")
+    parser.add_argument("--family", default=None, help="adapter in gcpo_trl/policies; default: the model's own")
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="Janus-Pro: 5; the shapes model: 1.5")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)

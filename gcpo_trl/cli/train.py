@@ -51,7 +51,7 @@ def build_trainer(run: RunArguments, args: GCPOConfig, model_args: ModelConfig, 
     from ..trainer import GCPOTrainer
 
     if not model_args.model_name_or_path:
-        raise ValueError("model_name_or_path is missing; give a path, a hub id or 'shapes-janus'")
+        raise ValueError("model_name_or_path is missing; give a path, a hub id, 'shapes-janus' or 'shapes-llamagen'")
     if model_args.load_in_4bit and model_args.dtype == "auto":
         raise ValueError("load_in_4bit computes in dtype, which 'auto' leaves open; write --dtype bfloat16 or float32")
     place_rewards(args.reward_device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import AutoConfig
+
 from .. import models  # noqa: F401  transformers' Auto classes know them from here on
 from ..plugins import available, resolve
 
@@ -45,8 +47,11 @@ def adapt(model: Any, processor: Any) -> Any:
     return resolve(family_of(model.config), __name__, "adapt")(model, processor)
 
 
-def load(model_id: str, family: str, **kwargs: Any) -> Any:
-    """Load a policy of a named family from a path or an id."""
+def load(model_id: str, family: str | None = None, **kwargs: Any) -> Any:
+    """Load a policy from a path or an id; ``family`` names another adapter than the configuration's own."""
+    family = family or family_of(AutoConfig.from_pretrained(model_id))
+    if family == "text":
+        raise ValueError(f"{model_id} holds a text model, which draws no images; families: {', '.join(FAMILIES)}")
     return resolve(family, __name__, "load")(model_id, **kwargs)
 
 

@@ -225,8 +225,8 @@ def test_rows_of_different_length_select_from_their_own_tokens():
 
 
 def test_without_smoothing_the_gradient_is_that_of_the_entropy_itself():
-    # a 4 x 4 map, zero but for 8 at index 5. Central differences: (8 - 0) / 2 = 4 at its four neighbours, of which 1 and
-    # 4 lie on a border, where only the axis along it is central: 1 has 8 - 0 = 8 down, 4 has 8 - 0 = 8 to the right.
+    # a 4 x 4 map, zero but for 8 at index 5. Central differences: (8 - 0) / 2 = 4 at its neighbours, of which 1 and 4
+    # lie on a border, where the difference is one-sided: 1 has 8 - 0 = 8 down, 4 has 8 - 0 = 8 to the right.
     peak = signals_of(torch.zeros(1, 16).index_fill(1, torch.tensor([5]), 8.0), grid=(4, 4))
     raw = critical_tokens(peak, "entropy_gradient", 2 / 16, window=(0, 1), smoothing=False)
     assert picks(raw["critical"]) == [[1, 4]]

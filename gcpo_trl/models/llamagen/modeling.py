@@ -186,7 +186,7 @@ class LlamaGenForImageGeneration(LlamaPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Not transformers' loop, which knows neither guidance between two prefixes nor images."""
         raise NotImplementedError(
-            "LlamaGen draws with gcpo_trl: `gcpo sample --family llamagen`, or gcpo_trl.rollout.sample on "
+            "LlamaGen draws with gcpo_trl: `gcpo sample`, or gcpo_trl.rollout.sample on "
             "gcpo_trl.policies.adapt(model, processor)"
         )
 
