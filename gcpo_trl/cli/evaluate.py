@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import JanusVQVAE
 
 from ..evaluation.benchmark import PACKAGE, Benchmark, choose
 from ..evaluation.compare import compare, comparison_table, read_reports
@@ -126,7 +127,7 @@ def evaluate(
 
 def report_ground_truth(policy: Any) -> int:
     """Print how far the judge of shapes can be trusted."""
-    say(ground_truth_table(policy.model.model.vqmodel))
+    say(ground_truth_table(next(part for part in policy.model.modules() if isinstance(part, JanusVQVAE))))
     return 0
 
 
