@@ -6,7 +6,8 @@
     Vendi          = exp(-sum_i l_i ln l_i),   l_i the eigenvalues of K / G, K_jk = cos(f_j, f_k)
 
 The Vendi score (Friedman and Dieng 2022, arXiv:2210.02410) is an effective number of images: 1 where all are equal, G
-where all features are orthogonal. Features are whatever is computed from a picture; numbers of two kinds do not compare.
+where all features are orthogonal. Features are whatever somebody computes from a picture; scores in two spaces of them
+do not compare.
 """
 
 import torch
