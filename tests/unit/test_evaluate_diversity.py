@@ -174,7 +174,7 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_report_has_diversity_and_can_have_it_afterwards(tiny_janus, tmp_path, capsys, monkeypatch):
+def test_the_report_has_diversity_and_can_have_it_afterwards(tiny_janus, shared_policy, tmp_path, capsys, monkeypatch):
     together, later = tmp_path / "together.json", tmp_path / "later.json"
     assert main(command(tiny_janus, tmp_path, "--diversity", "--out", together)) == 0
     said = capsys.readouterr().out
@@ -197,6 +197,8 @@ def test_the_report_has_diversity_and_can_have_it_afterwards(tiny_janus, tmp_pat
         pictures = [Image.open(folder / f"000{i}.png") for i in range(3)]
         texts = [json.loads(picture.text["gcpo_trl"]) for picture in pictures]
         tokens = [np.array(text["tokens"]) for text in texts]
+        decoded = shared_policy.decode(torch.tensor([text["tokens"] for text in texts]))
+        assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in decoded]
         cosines = [cosine(a, b) for a, b in combinations(pictures, 2)]
         assert row["diversity"]["pairwise_distance"] == pytest.approx(1 - sum(cosines) / 3, abs=1e-9)
         differ = [(a != b).mean() for a, b in combinations(tokens, 2)]
