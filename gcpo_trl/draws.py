@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import trl_compat
 from .checks import first_non_finite
+from .objective.diversity import token_disagreement
 from .rewards import without_partly_scored
 from .rollout import Rollout, Sampling, sample
 
@@ -27,6 +28,8 @@ class Draws:
     args: Any
     accelerator: Any
     model: Any
+    num_generations: int
+    num_generations_eval: int
     _rollout: Rollout | None = None
     _images: list[Any] | None = None
     _token_table: Tensor | None = None
@@ -51,10 +54,18 @@ class Draws:
             self._token_table = self.policy.token_table(self.args.select_similarity_space).detach().clone()
         tokens = self._rollout.tokens
         self._log_mean("gcpo/entropy/all", self._rollout.entropy, torch.ones_like(tokens))
+        self._log_disagreement(tokens)
         self._log_ratio("gcpo/rollout/tokens_per_s", tokens.numel(), time.perf_counter() - start)
         labels = [f"image {index} of step {self.state.global_step}" for index in indices]
         ids = [encoded.row_ids(row) for row in range(len(prompts))]
         return trl_compat.eight_of_generate(ids, tokens.tolist(), labels)
+
+    def _log_disagreement(self, tokens: Tensor) -> None:
+        """How often two images of a prompt differ in a token; ids are gathered, because a group may span ranks."""
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        if group > 1:
+            disagreement = token_disagreement(self.accelerator.gather(tokens), group)
+            self._log_mean("gcpo/diversity/disagreement", disagreement, torch.ones_like(disagreement))
 
     def _sample(self, prompts: list[Any], seed: int, indices: list[int]) -> Rollout:
         args = self.args

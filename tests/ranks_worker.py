@@ -83,6 +83,11 @@ def train(scenario, folder, model):
         "engine": type(trainer.model_wrapped).__name__,
         "stage": getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", None),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "disagreement": [
+            entry["gcpo/diversity/disagreement"]
+            for entry in trainer.state.log_history
+            if "gcpo/diversity/disagreement" in entry
+        ],
         "norms": [float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry],
         "images": [batch["completion_ids"].tolist() for batch in kept.batches],
         "rows": rows,

@@ -8,6 +8,7 @@ The same command goes on where a stopped one was. Without --out nothing is kept.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import JanusVQVAE
 
 from ..evaluation.benchmark import PACKAGE, Benchmark, choose
 from ..evaluation.compare import compare, comparison_table, read_reports
+from ..evaluation.diversity import FEATURES, choose_gauge
+from ..evaluation.diversity import PACKAGE as SPACES
 from ..evaluation.folder import Folder, write_whole
 from ..evaluation.ground_truth import ground_truth_table
 from ..evaluation.runner import Ranks, run, settings_of, write_report
@@ -41,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rewards", nargs="+", default=[], metavar="NAME", help="judge by these instead of its own")
     add_model_arguments(parser)
     parser.add_argument("--images-a-prompt", "--images", type=int, default=None, help="the benchmark's own number")
+    parser.add_argument(
+        "--diversity",
+        nargs="?",
+        const=FEATURES,
+        metavar="FEATURES",
+        help=f"how much a prompt's pictures differ: {', '.join(available(SPACES))} or your own ({FEATURES})",
+    )
     parser.add_argument("--limit", type=int, default=None, help="only so many prompts, evenly spaced")
     parser.add_argument("--max-failed", type=float, default=MOST_FAILED, help="share of pictures without a score")
     parser.add_argument("--out", type=Path, default=None, help="report.json; pictures are kept in report/")
@@ -60,6 +70,9 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
         return lambda: report_ground_truth(policy)
     ranks = this_rank(options)
     benchmark = choose(options.benchmark, options.prompts, options.rewards, options.images_a_prompt, options.limit)
+    if options.diversity:
+        gauge = choose_gauge(options.diversity, benchmark.images_a_prompt)
+        benchmark = dataclasses.replace(benchmark, gauge=gauge)
     policy = load_policy(options)
     seed = SEED + options.seed
     settings = settings_of(policy, benchmark, sampling_of(options), seed, options.model, options.adapter)

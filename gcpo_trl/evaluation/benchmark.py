@@ -45,6 +45,7 @@ class Benchmark:
     scale         factor of the published numbers
     by_prompts    overall is the mean over all prompts; else that of the task means
     groups_of     pictures a group, where the published deviation is that of group means; 0: none
+    gauge         by what the pictures of a prompt are compared (`diversity.Gauge`); None: they are not
     """
 
     name: str
@@ -58,6 +59,7 @@ class Benchmark:
     scale: float = 1.0
     by_prompts: bool = False
     groups_of: int = 0
+    gauge: Any = None
 
 
 def choose(

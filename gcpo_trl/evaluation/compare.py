@@ -21,6 +21,7 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 SEED = 0
 COMPARED = ("benchmark", "label", "scale", "overall_over")  # must be equal
+DIVERSITY = "the same command with --diversity adds it to a run that is drawn"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ def read_reports(files: Sequence[Path]) -> list[dict[str, Any]]:
         for key in COMPARED:
             if report[key] != reports[0][key]:
                 raise ValueError(f"{file} has {key} {report[key]!r}, {files[0]} has {reports[0][key]!r}")
+        if report.get("diversity") != reports[0].get("diversity"):
+            own, others = (one.get("diversity", "none") for one in (report, reports[0]))
+            raise ValueError(f"{file} has diversity {own}, {files[0]} has {others}; {DIVERSITY}")
         asked, first = ([(row["prompt"], row["task"]) for row in one["scores"]] for one in (report, reports[0]))
         if asked != first:
             raise ValueError(f"{file} has other prompts than {files[0]}; compare runs over the same ones")
@@ -63,6 +67,20 @@ def read_report(file: Path) -> dict[str, Any]:
 
 def compare(reports: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> dict[str, dict[str, Difference]]:
     """measure -> task, and "overall" where every task has the measure -> how the runs differ from the first."""
+    compared = compare_values(reports, resamples)
+    if "diversity" in reports[0]:
+        compared |= compare_values([diversity_of(report) for report in reports], resamples)
+    return compared
+
+
+def diversity_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with the diversity of its prompts, a value each, in place of the values of its pictures."""
+    rows = [row | {"values": {name: [value] for name, value in row["diversity"].items()}} for row in report["scores"]]
+    return {**report, "scale": 1.0, "scores": rows}
+
+
+def compare_values(reports: Sequence[Mapping[str, Any]], resamples: int) -> dict[str, dict[str, Difference]]:
+    """`compare` of the pictures' values."""
     compared: dict[str, dict[str, Difference]] = {}
     every = {row["task"] for row in reports[0]["scores"]}
     scale = reports[0]["scale"]

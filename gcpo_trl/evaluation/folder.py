@@ -4,6 +4,8 @@
     00000/metadata.jsonl           the prompt's row, one line
     00000/samples/0000.png ...     whole or absent: written under another name first, then renamed
 
+A picture's file also holds the tokens it was decoded from and their mean entropy, as a text chunk of the PNG: written
+and renamed with it, they are there if it is, and who reads the picture need not know.
 The folder is what GenEval's evaluation/evaluate_images.py takes.
 """
 
@@ -13,13 +15,15 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 SETTINGS = "settings.json"
+SEEN = "gcpo_trl"  # name of the text chunk
 PART = ".part"
 
 
@@ -64,14 +68,23 @@ class Folder:
         """Whether picture `index` is drawn."""
         return self.picture_path(index).is_file()
 
-    def save(self, index: int, picture: Image.Image, row: Mapping[str, Any]) -> None:
-        """Write a picture, and before it the row of its prompt."""
+    def save(
+        self,
+        index: int,
+        picture: Image.Image,
+        row: Mapping[str, Any],
+        tokens: Sequence[int] | None = None,
+        entropy: float | None = None,
+    ) -> None:
+        """Write a picture with its tokens and their mean entropy, and before it the row of its prompt."""
         path = self.picture_path(index)
         about = path.parents[1] / "metadata.jsonl"
         if not about.is_file():
             write_whole(about, f"{described(row)}\n".encode())
-        data = io.BytesIO()
-        picture.save(data, format="PNG")
+        data, info = io.BytesIO(), PngInfo()
+        if tokens is not None:
+            info.add_text(SEEN, json.dumps({"entropy": entropy, "tokens": list(tokens)}), zip=True)
+        picture.save(data, format="PNG", pnginfo=info)
         write_whole(path, data.getvalue())
 
     def read(self, index: int) -> Image.Image:
@@ -83,6 +96,12 @@ class Folder:
                 return picture
         except (OSError, SyntaxError) as error:  # Pillow calls some broken PNGs a SyntaxError
             raise OSError(f"{path} cannot be read ({error}); delete it and run again to draw it anew") from error
+
+    def read_drawn(self, index: int) -> tuple[Image.Image, list[int] | None, float | None]:
+        """Picture `index`, its tokens and their mean entropy; None where the file does not hold them."""
+        picture = self.read(index)
+        seen = json.loads(picture.info.get(SEEN, "{}"))
+        return picture, seen.get("tokens"), seen.get("entropy")
 
 
 def described(row: Mapping[str, Any]) -> str:

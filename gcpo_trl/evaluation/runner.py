@@ -21,6 +21,8 @@ from tqdm import tqdm
 from .. import __version__
 from ..rollout import Sampling, sample
 from .benchmark import Benchmark
+from .diversity import drawn_of
+from .diversity_report import with_diversity
 from .folder import Folder, write_whole
 from .scores import MOST_FAILED, by_prompt, footnote, markdown, summarize
 
@@ -90,10 +92,11 @@ def draw(policy: Any, benchmark: Benchmark, folder: Folder, sampling: Sampling, 
             progress.update(len(batch) - len(missing))
             if missing:
                 rows = [benchmark.rows[index // benchmark.images_a_prompt] for index in batch]
-                tokens = sample(policy, [row["prompt"] for row in rows], seed, batch, sampling).tokens
-                for index, row, picture in zip(batch, rows, policy.decode(tokens), strict=True):
+                rollout = sample(policy, [row["prompt"] for row in rows], seed, batch, sampling)
+                drawn = drawn_of(policy.decode(rollout.tokens), rollout)
+                for index, row, one in zip(batch, rows, drawn, strict=True):
                     if index in missing:
-                        folder.save(index, picture, row)
+                        folder.save(index, one.picture, row, one.tokens, one.entropy)
                         progress.update()
 
 
@@ -139,7 +142,7 @@ def run(
     if ranks.world > 1:
         gather_object([ranks.rank])  # every picture is on disk before any is judged
     rows = by_prompt(benchmark, judge(benchmark, folder, ranks))
-    return {
+    report = {
         "benchmark": benchmark.name,
         "label": benchmark.label,
         "images": len(benchmark.rows) * benchmark.images_a_prompt,
@@ -150,6 +153,7 @@ def run(
         "settings": dict(settings),
         "scores": rows,
     }
+    return report if benchmark.gauge is None else with_diversity(report, benchmark, folder, ranks)
 
 
 def write_report(report: Mapping[str, Any], headings: Mapping[str, str], file: Path) -> None:

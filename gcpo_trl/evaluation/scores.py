@@ -122,12 +122,13 @@ def footnote(report: Mapping[str, Any]) -> str:
         f"{measure} of {task}": cell["failed"]
         for task, row in report["tasks"].items()
         for measure, cell in row.items()
-        if cell["failed"]
+        if cell.get("failed")
     }
     lost = "".join(f"; {count} pictures not scored by {what}" for what, count in failed.items())
     adapter = f" with {settings['adapter']}" if settings["adapter"] else ""
     scale = f", x{report['scale']:g}" if report["scale"] != 1 else ""
+    diversity = "".join(f"\n{what}: {label}" for what, label in report.get("diversity", {}).items())
     return (
         f"{report['images']} images, guidance {settings['sampling']['guidance_scale']:g}, mean ± standard error over "
-        f"prompts{scale}{lost}\n{report['label']}; {settings['model']}{adapter}; seed {settings['seed']}"
+        f"prompts{scale}{lost}\n{report['label']}; {settings['model']}{adapter}; seed {settings['seed']}{diversity}"
     )

@@ -13,5 +13,7 @@ Group Critical-token Policy Optimization (GCPO), sentence by sentence:
 * Eq. 7, dynamic advantage weight                     weighting.advantage_weight
 * Eq. 8, the objective                                loss.gcpo_loss
 
+Beside the paper: how much the images of a prompt differ, diversity.
+
 Everything is computed in fp32, whatever the dtype of the model. Import from the module, not from here.
 """

@@ -310,3 +310,8 @@ def test_metrics_are_logged_under_their_rooms(tiny_janus, tmp_path):
     for name in ("initial", "entropy_gradient", "similarity"):
         assert_close(log[f"gcpo/select/{name}"], 8 / 81, rtol=0, atol=1e-6)
     assert_close(log["gcpo/entropy/all"], trainer._rollout.entropy.mean().item(), rtol=1e-5, atol=0)
+    # Two prompts of two images: one pair each, of 81 tokens.
+    first, second, third, fourth = trainer._rollout.tokens
+    differ = (first != second).sum() + (third != fourth).sum()
+    assert 0 < differ < 162
+    assert_close(log["gcpo/diversity/disagreement"], differ.item() / 162, rtol=0, atol=1e-6)

@@ -80,6 +80,8 @@ def test_a_group_on_two_ranks_is_the_group_on_one(alone, ddp, scenario):
             assert advantage == pytest.approx(expected[tokens][1], abs=1e-6)
             assert weight == pytest.approx(expected[tokens][2], abs=1e-4)
     assert pair[0]["losses"] == pytest.approx(single["losses"], abs=1e-5)
+    assert len(single["disagreement"]) == 3 and 0 < single["disagreement"][0] < 1
+    assert pair[0]["disagreement"] == pytest.approx(single["disagreement"], abs=1e-6)
     assert pair[0]["norms"] == pytest.approx(single["norms"], rel=1e-3)
     trained = load_file(ddp / f"{scenario}.safetensors")
     assert difference(trained, load_file(alone / f"{scenario}.safetensors")) < 1e-5
