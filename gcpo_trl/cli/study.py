@@ -7,6 +7,7 @@ share runs that are equal, and a run that fails is a line of the table and no en
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import queue
@@ -24,6 +25,7 @@ import torch
 from ..analysis.pictures import study_picture
 from ..analysis.study import Arm, minutes, table
 from ..evaluation.benchmark import choose
+from ..evaluation.diversity import choose_gauge
 from ..evaluation.folder import Folder, write_whole
 from ..evaluation.runner import run as draw_and_judge
 from ..evaluation.runner import settings_of
@@ -110,6 +112,9 @@ def judged(run: Run, policy: Any, scale: float, scratch: Path) -> dict[str, Any]
     """The benchmark's report at one guidance scale."""
     measure = run.measure
     benchmark = choose(measure.benchmark, images_a_prompt=measure.images_a_prompt, limit=measure.limit)
+    if measure.diversity:
+        gauge = choose_gauge(measure.diversity, benchmark.images_a_prompt)
+        benchmark = dataclasses.replace(benchmark, gauge=gauge)
     sampling = Sampling(guidance_scale=scale, batch_size=EVALUATION_BATCH)
     settings = settings_of(policy, benchmark, sampling, EVALUATION_SEED, "in training", None)
     folder = Folder(scratch / f"pictures_{scale:g}", benchmark.images_a_prompt)

@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 
 from ..checks import check_image_settings, load_config
+from ..evaluation.diversity import FEATURES
 from ..policies import family_of
 from ..shapes.build import SHIPPED
 from .recipe import check_keys, parsed, read_recipe
@@ -41,8 +42,8 @@ class Measure:
     """How a trained model is judged, on prompts that no run has seen.
 
     benchmark, images_a_prompt, limit: as `gcpo evaluate` has them. guidance_scales: the first counts, the others are
-    further columns; empty is the recipe's own. measure: what arms are compared by. diversity: measure it as well.
-    against: the diversity on the other axis of the Pareto picture.
+    further columns; empty is the recipe's own. measure: what arms are compared by. diversity: the features by which
+    it is measured, "" for not at all. against: the diversity on the other axis of the Pareto picture.
     """
 
     benchmark: str = "shapes"
@@ -50,7 +51,7 @@ class Measure:
     limit: int | None = None
     guidance_scales: tuple[float, ...] = ()
     measure: str = "exact"
-    diversity: bool = True
+    diversity: str = FEATURES
     against: str = "vendi"
 
 
