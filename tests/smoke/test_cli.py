@@ -58,6 +58,18 @@ def test_a_recipe_trains_two_steps(tiny_janus, tmp_path):
     assert changed == {"language_model"}
 
 
+def test_the_recipe_of_llamagen_trains_two_steps(tmp_path):
+    out = tmp_path / "out"
+    recipe = ROOT / "recipes" / "shapes_llamagen_gcpo.yaml"
+    done = run("-m", "gcpo_trl", "train", str(recipe), "--output_dir", str(out), "--disable_tqdm", "true", *SMALL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = re.findall(r"'gcpo/select/fraction': '?([\d.]+)", done.stdout)
+    assert [float(step) for step in steps] == pytest.approx([24 / 81] * 2, abs=1e-3)
+    assert (out / "model.safetensors").is_file()
+    assert main(["sample", "--model", str(out), "--prompt", "a photo of a ring", "--out", str(out / "a.png")]) == 0
+    assert Image.open(out / "a.png").size[0] > 0
+
+
 @pytest.mark.parametrize("asked", ["key", "recipe"])
 def test_a_quantised_model_trains_an_adapter(tiny_janus, tmp_path, asked):
     pytest.importorskip("bitsandbytes", reason="install gcpo_trl[qlora]")
