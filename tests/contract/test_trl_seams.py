@@ -298,6 +298,22 @@ def test_rewards_come_back_from_all_ranks():
     assert "rewards_per_func = gather(rewards_per_func)" in source, f"rewards are gathered elsewhere. {LOOK}"
 
 
+def test_rewards_are_called_by_place_and_awaited_in_a_loop_of_the_trainer():
+    # `Ahead` calls some before, in that loop, as TRL would; what TRL then finds in their places only waits.
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    for line in (
+        "zip(self.reward_funcs, self.reward_processing_classes, self.reward_func_names, strict=True)",
+        "elif is_async_callable(reward_func):",
+        "self.async_loop).result()",
+        'key not in ["prompt", "completion", "completion_ids"]',
+        'reward_kwargs["trainer_state"] = self.state',
+        'reward_kwargs["log_extra"] = self._log_completion_extra',
+        'reward_kwargs["log_metric"] = self._log_metric',
+    ):
+        assert line in source, f"_calculate_rewards has no {line!r}. {LOOK}"
+    assert source.count("prompts=prompts, completions=completions, completion_ids=completion_ids_list") == 2, LOOK
+
+
 def test_logging_apart_disturbs_neither_metrics_nor_the_wish_to_log(trainer):
     trainer._metrics["train"]["gcpo/test"].append(1.0)
     trainer.control.should_log = True
