@@ -126,7 +126,8 @@ class Ahead:
     ) -> Any:
         self._tasks.append(asyncio.current_task())
         for call in before:  # a reward that remembers, as one on a server does, is asked one thing at a time
-            await asyncio.wrap_future(call)
+            # Shielded: else, cancelled here, it would cancel that call once more, while it tidies up.
+            await asyncio.shield(asyncio.wrap_future(call))
         drawn = chain.from_iterable([await asyncio.wrap_future(chunk) for chunk in pictures])
         return await reward(completions=list(drawn)[images], **arguments)
 
