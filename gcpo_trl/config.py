@@ -125,6 +125,15 @@ class GCPOConfig(GRPOConfig):
             "captured and else 'eager'; 'reference' is transformers' forward at every token, slow, to compare with."
         },
     )
+    rollout_overlap: bool = field(
+        default=True,
+        metadata={
+            "help": "While images are drawn, decode those of the chunk before (rollout_batch_size images) and ask "
+            "rewards for them: asynchronous ones, on CUDA all but torch modules, the others from a thread. A reward is "
+            "then called once a chunk, with whole groups, and log_metric averages its calls. False: everything in "
+            "turn, for a reward that talks to other ranks, or where memory is short."
+        },
+    )
     train_modules: list[str] | None = field(
         default=None,
         metadata={

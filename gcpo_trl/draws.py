@@ -1,21 +1,25 @@
 """From prompts to rewarded pictures: the first half of `GCPOTrainer`'s step.
 
-TRL sees token ids and a label for each image; the pictures wait here for the rewards.
+TRL sees token ids and a label for each image; the pictures wait here for the rewards, some of which are asked early.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import trl_compat
+from .ahead import Ahead, decoded, decoding_stream, runs_ahead
 from .checks import first_non_finite
 from .objective.diversity import token_disagreement
 from .rewards import without_partly_scored
-from .rollout import Rollout, Sampling, sample
+from .rollout import Rollout, Sampling, chunks, joined
 
 EVAL_SEED_OFFSET = 7_919  # keeps evaluation images apart from training images of the same seed
 
@@ -30,11 +34,25 @@ class Draws:
     model: Any
     num_generations: int
     num_generations_eval: int
+    _ahead: Ahead | None = None
     _rollout: Rollout | None = None
     _images: list[Any] | None = None
     _token_table: Tensor | None = None
     _rewards: Tensor | None = None
     _eval_samples = 0
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's, with the dataset's rows at hand while images are drawn; ``_generate`` is told the prompts alone."""
+        if self.policy is None or not (self.policy.generates_images and self.args.rollout_overlap):
+            return super()._generate_and_score_completions(inputs)
+        device = self.accelerator.device
+        rewards = {place: reward for place, reward in enumerate(self.reward_funcs) if runs_ahead(reward, device)}
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        try:
+            with Ahead(rewards, inputs, group, self.state, getattr(self, "async_loop", None)) as self._ahead:
+                return super()._generate_and_score_completions(inputs)
+        finally:
+            self._ahead = None
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """Draw one image a prompt; TRL sees token ids and a label, the pictures wait for the rewards."""
@@ -48,8 +66,7 @@ class Draws:
         seed, indices = self._sample_indices(len(prompts))
         with trl_compat.generation_context(self):
             encoded = self.policy.encode(prompts)
-            self._rollout = self._sample(prompts, seed, indices)
-            self._images = self.policy.decode(self._rollout.tokens)
+            self._rollout, self._images = self._pictured(self._chunks(prompts, seed, indices))
             # Read here, where ZeRO-3 has gathered the weights.
             self._token_table = self.policy.token_table(self.args.select_similarity_space).detach().clone()
         tokens = self._rollout.tokens
@@ -67,7 +84,21 @@ class Draws:
             disagreement = token_disagreement(self.accelerator.gather(tokens), group)
             self._log_mean("gcpo/diversity/disagreement", disagreement, torch.ones_like(disagreement))
 
-    def _sample(self, prompts: list[Any], seed: int, indices: list[int]) -> Rollout:
+    def _pictured(self, parts: Iterator[Rollout]) -> tuple[Rollout, list[Any]]:
+        """The whole rollout and its pictures, each part decoded, and offered to rewards, as it comes."""
+        stream = decoding_stream(self.accelerator.device) if self.args.rollout_overlap else None
+        drawn, pictures = [], []
+        # Also on an error, the thread is waited for while the weights are whole.
+        with contextlib.closing(parts), ThreadPoolExecutor(1, "pictures") as thread:
+            for part in parts:
+                drawn.append(part)
+                pictures.append(decoded(self.policy, part.tokens, stream, thread))
+                if self._ahead is not None:
+                    self._ahead.add(part.tokens.tolist(), pictures[-1])
+        return joined(drawn), [picture for chunk in pictures for picture in chunk.result()]
+
+    def _chunks(self, prompts: list[Any], seed: int, indices: list[int]) -> Iterator[Rollout]:
+        """The chunks of a rollout, or with ``rollout_overlap=False`` the rollout as one."""
         args = self.args
         sampling = Sampling(
             guidance_scale=args.rollout_guidance_scale,
@@ -80,7 +111,8 @@ class Draws:
         )
         progress = not args.disable_tqdm and self.accelerator.is_main_process
         try:
-            return sample(self.policy, prompts, seed, indices, sampling, progress)
+            parts = chunks(self.policy, prompts, seed, indices, sampling, progress)
+            yield from parts if args.rollout_overlap else [joined(list(parts))]
         except FloatingPointError as error:
             where = first_non_finite(self._plain(self.model))
             raise FloatingPointError(f"step {self.state.global_step}: {error}; {where}") from error
@@ -104,7 +136,10 @@ class Draws:
         """Rewards of pictures, not of their labels; ``(batch, functions)`` of all ranks, NaN where there is none."""
         if self._images is not None:
             completions = self._images
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with trl_compat.rewards_replaced(self, {} if self._ahead is None else self._ahead.answers()):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._ahead is not None:
+            self._ahead.log(self._log_completion_extra, self._log_metric)
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, missing in zip(self.reward_func_names, rewards.isnan().float().mean(dim=0).tolist(), strict=True):
             metrics[f"gcpo/reward/{name}/missing"].append(missing)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 PACKAGE = "reward_funcs"
 
 
-def load_rewards(rewards: Any, *datasets: Any) -> list[Any]:
+def load_rewards(rewards: Any, *datasets: Any, beside: bool = False) -> list[Any]:
     """One reward or a list of them, loaded, and ready side by side. No weight is loaded for it.
 
     Each has looked at each dataset, and one with a `check()` (a reward on a server) has been asked for it.
@@ -37,7 +37,7 @@ def load_rewards(rewards: Any, *datasets: Any) -> list[Any]:
     for reward in loaded:
         if hasattr(reward, "check"):
             reward.check()
-    return side_by_side(loaded)
+    return side_by_side(loaded, beside)
 
 
 def load_reward(reward: Any) -> Any:
@@ -98,26 +98,40 @@ def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return checked
 
 
-def side_by_side(rewards: Sequence[Any]) -> list[Any]:
+def side_by_side(rewards: Sequence[Any], beside: bool = False) -> list[Any]:
     """Where some rewards are asynchronous, the others are made so: TRL then waits for all of them at once.
 
-    These run one after another in one thread: two of them would compete for one GPU, and need the memory of both.
+    These run one after another in one thread: two of them would compete for one GPU, and need the memory of both. On a
+    GPU the thread has a stream of its own. beside: make them so in any case, to run beside what draws the images.
     """
-    if not any(map(inspect.iscoroutinefunction, rewards)):
+    if not beside and not any(map(inspect.iscoroutinefunction, rewards)):
         return list(rewards)
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    # A new thread's current GPU is the first, whatever this rank's is.
-    start = {} if device is None else {"initializer": torch.cuda.set_device, "initargs": (device,)}
+    start = {} if device is None else {"initializer": _on_gpu, "initargs": (device,)}
     thread = ThreadPoolExecutor(1, "reward", **start)
     ready = [isinstance(reward, torch.nn.Module) or inspect.iscoroutinefunction(reward) for reward in rewards]
     return [reward if done else _in_thread(reward, thread) for reward, done in zip(rewards, ready, strict=True)]
 
 
+def _on_gpu(device: int) -> None:
+    """For a new thread, whose current GPU is the first, whatever this rank's is, and whose stream is everybody's."""
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream())
+
+
 def _in_thread(reward: Callable[..., Any], thread: ThreadPoolExecutor) -> Callable[..., Any]:
+    """The reward as an asynchronous one, marked ``in_thread``."""
+
     @functools.wraps(reward)
     async def awaited(*args: Any, **kwargs: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(thread, functools.partial(reward, *args, **kwargs))
+        call = thread.submit(reward, *args, **kwargs)
+        try:
+            return await asyncio.wrap_future(call)
+        finally:
+            if call.running():  # cancelled, but a thread cannot be: whoever stops the reward waits for its end
+                await asyncio.gather(asyncio.wrap_future(call), return_exceptions=True)
 
+    awaited.in_thread = True  # type: ignore[attr-defined]
     return awaited
 
 

@@ -1,8 +1,8 @@
 """Where the seconds of a step go, as metrics of every run.
 
     gcpo/time/rollout      drawing the images, VQ decoding included
-    gcpo/time/reward       the reward functions
     gcpo/time/reference    scoring without gradient: the reference, and the policy itself where TRL asks for it
+    gcpo/time/reward       waiting for the reward functions; what of them ran beside the two above is not in it
     gcpo/time/update       forward and backward of the loss, over all micro-batches of a step, and choosing its tokens
 
 Seconds a generation, or a step for update; the mean over ranks. What is left of TRL's ``step_time`` is bookkeeping.
@@ -82,7 +82,7 @@ class Timed:
 
 
 def now() -> float:
-    """Seconds, once the device has done what it was given."""
+    """Seconds, once the device has done what this thread gave it; rewards in their own streams are not waited for."""
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
     return time.perf_counter()

@@ -98,7 +98,8 @@ class GCPOTrainer(Draws, Picks, Timed, ExactResume, GRPOTrainer):
             check_dataset(eval_dataset)
             peft_config = default_adapters(peft_config, model, config, args)
             quantization_config = default_quantization(quantization_config, config, args)
-            reward_funcs = load_rewards(reward_funcs, train_dataset, eval_dataset)
+            beside = args.rollout_overlap and args.device.type == "cuda"
+            reward_funcs = load_rewards(reward_funcs, train_dataset, eval_dataset, beside=beside)
         else:
             check_text_settings(args, config)
         with trl_compat.reference_built(args, model, needed=args.needs_weight):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -149,6 +149,17 @@ def with_critical_mask(trainer: Any, batch: dict[str, Any], critical: Tensor, dr
 def eight_of_generate(prompt_ids: list[list[int]], tokens: list[list[int]], labels: list[str]) -> tuple[Any, ...]:
     """What ``_generate`` returns: prompt ids, completion ids, tool mask, completions, log-probs, extra, images (2x)."""
     return prompt_ids, tokens, None, labels, None, {}, None, []
+
+
+@contextlib.contextmanager
+def rewards_replaced(trainer: Any, replacements: Mapping[int, Any]) -> Iterator[None]:
+    """Around ``_calculate_rewards``: other functions at some places of ``reward_funcs``, under the same names."""
+    rewards = trainer.reward_funcs
+    trainer.reward_funcs = [replacements.get(place, reward) for place, reward in enumerate(rewards)]
+    try:
+        yield
+    finally:
+        trainer.reward_funcs = rewards
 
 
 def log_apart(trainer: Any, values: dict[str, float]) -> None:

@@ -3,7 +3,7 @@
     encode(prompts)                 -> PromptBatch
     start / step                    -> logits of the next position, from a cache with one prefill a prompt
     logits at given positions       -> attach_head: the teacher-forced scoring that the trainer calls
-    decode(tokens)                  -> pictures
+    decode(tokens)                  -> pictures; pixels(tokens): those still on the device
     grid, token_table()             -> where tokens lie, and what they mean to the model
 
 A text language model answers the last two; TRL samples and scores it.
@@ -95,6 +95,10 @@ class ImagePolicy(Policy, Protocol):
 
     def step(self, state: Any, tokens: Tensor) -> NextLogits:
         """Append one token a row, ``(batch,)``; ``state`` is advanced in place."""
+        ...
+
+    def pixels(self, tokens: Tensor) -> Tensor:
+        """``decode`` as far as the device goes, without waiting for it: see `to_pictures`."""
         ...
 
     def decode(self, tokens: Tensor) -> list[Any]: ...

@@ -134,10 +134,14 @@ class LlamaGenPolicy:
     # decode, layout
 
     @torch.no_grad()
+    def pixels(self, tokens: Tensor) -> Tensor:
+        """``(batch, height, width, 3)`` in [-1, 1] of token grids ``(batch, seq)``, still on the device."""
+        parts = [self.model.decode_image_tokens(part) for part in tokens.split(DECODE_BATCH)]
+        return torch.cat(parts).permute(0, 2, 3, 1)
+
     def decode(self, tokens: Tensor) -> list[Image.Image]:
         """Pictures of token grids ``(batch, seq)``."""
-        parts = [self.model.decode_image_tokens(part) for part in tokens.split(DECODE_BATCH)]
-        return to_pictures(torch.cat(parts).permute(0, 2, 3, 1))
+        return to_pictures(self.pixels(tokens))
 
     @torch.no_grad()
     def token_table(self, space: str = "aligner") -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -56,22 +57,48 @@ def sample(
     The model is in evaluation mode meanwhile: dropout would change images, and gradient checkpointing keeps no cache.
     Raises FloatingPointError if the model's logits are not finite, ValueError for graphs where there can be none.
     """
+    return joined(list(chunks(policy, prompts, seed, indices, sampling, progress)))
+
+
+def chunks(
+    policy: ImagePolicy,
+    prompts: Sequence[Any],
+    seed: int,
+    indices: Sequence[int],
+    sampling: Sampling,
+    progress: bool = False,
+) -> Iterator[Rollout]:
+    """`sample` in parts of `Sampling.batch_size` images, each as soon as it is finished; its memory is its own.
+
+    Close the iterator where it is not read to its end.
+    """
     if len(prompts) != len(indices):
         raise ValueError(f"{len(prompts)} prompts but {len(indices)} sample indices; give one index a prompt")
     sampling = replace(sampling, backend=_resolved(sampling.backend, policy.model.device))
     size = sampling.batch_size or len(prompts)
-    training = policy.model.training
-    policy.model.eval()
     total = -(-len(prompts) // size) * policy.num_tokens
-    try:
-        with tqdm(total=total, desc="drawing", unit="token", leave=False, delay=PATIENCE, disable=not progress) as bar:
-            parts = [
-                _sample_batch(policy, prompts[i : i + size], seed, list(indices[i : i + size]), sampling, bar.update)
-                for i in range(0, len(prompts), size)
-            ]
-    finally:
-        policy.model.train(training)
+    with tqdm(total=total, desc="drawing", unit="token", leave=False, delay=PATIENCE, disable=not progress) as bar:
+        for i in range(0, len(prompts), size):
+            with _evaluating(policy.model):
+                part = _sample_batch(
+                    policy, prompts[i : i + size], seed, list(indices[i : i + size]), sampling, bar.update
+                )
+            yield part
+
+
+def joined(parts: Sequence[Rollout]) -> Rollout:
+    """The rollout that these are the parts of."""
     return Rollout(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Rollout)})
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _resolved(backend: str, device: torch.device) -> Any:
@@ -96,7 +123,11 @@ def _sample_batch(
         harvest = _eager(policy, prompts, noise, sampling, done)
     else:
         harvest = _captured(policy, prompts, noise, sampling, done)
-    tokens, entropy, logps = (part.t().contiguous() for part in (harvest.tokens, harvest.entropy, harvest.logps))
+    # Copies, also where a single image would be contiguous as it is: a kept loop writes its harvest again.
+    tokens, entropy, logps = (
+        part.t().clone(memory_format=torch.contiguous_format)
+        for part in (harvest.tokens, harvest.entropy, harvest.logps)
+    )
     if not torch.isfinite(logps).all():
         _loops.pop(policy, None)  # their caches would carry it into the next rollout
         bad = int((~torch.isfinite(logps)).any(0).nonzero()[0])

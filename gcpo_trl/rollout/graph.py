@@ -98,7 +98,8 @@ def record(step: Callable[[], None], counters: list[Tensor]) -> Callable[[], Non
                 for counter, value in zip(counters, before, strict=True):
                     counter.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
+        # Rewards of an earlier chunk may allocate in their own threads meanwhile, which is no business of the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
     except RuntimeError as error:
         raise CaptureError(f"a step of the rollout cannot be captured as a CUDA graph: {error}") from error

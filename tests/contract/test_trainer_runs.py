@@ -26,7 +26,7 @@ from transformers import AutoProcessor, JanusForConditionalGeneration, TrainerCa
 from gcpo_trl import GCPOTrainer
 from gcpo_trl.cli.recipe import parse
 from gcpo_trl.cli.train import build_trainer
-from gcpo_trl.rollout import Sampling, sample
+from gcpo_trl.rollout import Sampling, chunks, sample
 from gcpo_trl.shapes.build import build_processor
 
 
@@ -149,11 +149,11 @@ def test_evaluation_draws_the_same_images_every_time(tiny_janus, tmp_path):
 def test_training_images_do_not_depend_on_evaluation(tiny_janus, tmp_path, monkeypatch):
     drawn = []
 
-    def sample_and_tell(policy, prompts, seed, indices, sampling, progress):
+    def draw_and_tell(policy, prompts, seed, indices, sampling, progress):
         drawn.append([(seed, index) for index in indices])
-        return sample(policy, prompts, seed, indices, sampling)
+        return chunks(policy, prompts, seed, indices, sampling)
 
-    monkeypatch.setattr("gcpo_trl.draws.sample", sample_and_tell)
+    monkeypatch.setattr("gcpo_trl.draws.chunks", draw_and_tell)
     alone = record(first := janus_trainer(tiny_janus, tmp_path / "a", max_steps=2))
     first.train()
     between = {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2}

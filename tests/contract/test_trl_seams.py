@@ -18,6 +18,8 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head
 
 from gcpo_trl import GCPOTrainer, trl_compat
+from gcpo_trl.draws import Draws
+from gcpo_trl.picks import Picks
 from gcpo_trl.resume import ExactResume
 
 LOOK = "TRL moved; compare gcpo_trl/trl_compat.py and gcpo_trl/trainer.py with trl/trainer/grpo_trainer.py of TRL"
@@ -95,7 +97,8 @@ def test_the_constructor_has_the_same_parameters():
 
 
 def test_what_we_override_exists():
-    ours = {name for name, value in vars(GCPOTrainer).items() if inspect.isfunction(value)}
+    parts = (Draws, Picks, GCPOTrainer)
+    ours = {name for part in parts for name, value in vars(part).items() if inspect.isfunction(value)}
     overridden = {"_generate", "_calculate_rewards", "_generate_and_score_completions", "_compute_loss", "evaluate"}
     overridden |= {"_get_per_token_logps_and_entropies", "__init__", "train", "create_model_card"}
     overridden |= {"push_to_hub", "_push_from_checkpoint"}
@@ -296,6 +299,22 @@ def test_rewards_come_back_from_all_ranks():
     # `ImageLog` looks its rewards up by an image's place among those of all ranks.
     source = inspect.getsource(GRPOTrainer._calculate_rewards)
     assert "rewards_per_func = gather(rewards_per_func)" in source, f"rewards are gathered elsewhere. {LOOK}"
+
+
+def test_rewards_are_called_by_place_and_awaited_in_a_loop_of_the_trainer():
+    # `Ahead` calls some before, in that loop, as TRL would; what TRL then finds in their places only waits.
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    for line in (
+        "zip(self.reward_funcs, self.reward_processing_classes, self.reward_func_names, strict=True)",
+        "elif is_async_callable(reward_func):",
+        "self.async_loop).result()",
+        'key not in ["prompt", "completion", "completion_ids"]',
+        'reward_kwargs["trainer_state"] = self.state',
+        'reward_kwargs["log_extra"] = self._log_completion_extra',
+        'reward_kwargs["log_metric"] = self._log_metric',
+    ):
+        assert line in source, f"_calculate_rewards has no {line!r}. {LOOK}"
+    assert source.count("prompts=prompts, completions=completions, completion_ids=completion_ids_list") == 2, LOOK
 
 
 def test_logging_apart_disturbs_neither_metrics_nor_the_wish_to_log(trainer):

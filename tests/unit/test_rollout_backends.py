@@ -119,6 +119,11 @@ def test_weights_written_in_place_are_seen_and_moved_weights_are_recorded_again(
     assert not torch.equal(moved.tokens, after.tokens)
 
 
+def test_an_image_alone_in_its_chunk_is_not_written_over_by_the_next(recorded):
+    policy = double()
+    assert_same(draw(policy, SAME, "graph", batch_size=1), draw(policy, SAME, "eager"))
+
+
 def test_two_shapes_are_kept_and_a_broken_rollout_is_not(recorded):
     policy = double()
     for count in (1, 2, 3):
