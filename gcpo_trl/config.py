@@ -105,8 +105,8 @@ class GCPOConfig(GRPOConfig):
         default="k3",
         metadata={
             "help": "What beta multiplies: 'k3' is TRL's own KL, 'reverse_kl' the same number (released as rkl), "
-            "'forward_kl' (fkl), 'jensen_shannon' (js), or 'alpha', a family between the first two. Published: GCPO k3; "
-            "f-divergence GRPO all three."
+            "'forward_kl' (fkl), 'jensen_shannon' (js), or 'alpha', a family between the first two. Published: "
+            "k3 (GCPO); all three (f-divergence GRPO)."
         },
     )
     divergence_alpha: float = field(

@@ -2,8 +2,8 @@
 
 TRL multiplies what a token adds to the loss by its mask, so log-probabilities at other positions need no gradient. They
 need values only for the weight, which sums over all tokens up to each: the rollout's own while the policy is the one
-that drew them, else a pass without gradient. A weight that is not detached and a divergence on all tokens need gradients
-everywhere.
+that drew them, else a pass without gradient. A weight that is not detached, and a divergence on all tokens, need
+gradients everywhere.
 """
 
 from __future__ import annotations
