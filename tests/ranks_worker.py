@@ -53,7 +53,7 @@ def fails_on_the_last_rank(prompts, completions, trainer_state, **columns):
 
 
 def seen_by(trainer):
-    """Of every loss: a row's tokens, which of them train, its advantage, and the weight of each (STAGE's similarity)."""
+    """Of every loss: a row's tokens, which of them train, its advantage, and each one's weight or STAGE similarity."""
     rows, weights = [], []
     weigh, loss = gcpo_trl.trainer.advantage_weight, trainer._compute_loss
 

@@ -68,6 +68,9 @@ def test_a_member_of_advantage_zero_opposes_everyone():
     # member 1 is at 0: it opposes 0 (same code) and 2 (another): (1 + 0) / 2; member 0 opposes 1 and 2 alike
     found = opposing_similarity(ids, table, torch.tensor([[1e-30, 0.0, -1e-30]]))
     assert_close(found, torch.tensor([[[0.5], [0.5], [0.0]]]), rtol=0, atol=1e-6)
+    # members 0 and 1 agree, however small their advantages: each meets member 2 alone
+    found = opposing_similarity(ids, table, torch.tensor([[1e-30, 1e-30, -2e-30]]))
+    assert torch.equal(found, torch.zeros(1, 3, 1))
 
 
 @pytest.mark.parametrize("advantages", [torch.tensor([[1.0]]), torch.tensor([[2.0, 3.0]])])
