@@ -11,6 +11,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from .checks import check_count, check_device
+from .objective.divergence import DIVERGENCES, GRADIENTS, MATCHES
+from .objective.loss import DIVERGENCE_ON
 from .objective.selection import COMBINE, load
 from .objective.weighting import FORMS
 from .rollout import BACKENDS
@@ -18,6 +20,8 @@ from .rollout import BACKENDS
 ENTROPY_SOURCES = ("guided", "conditional")
 SIMILARITY_SPACES = ("aligner", "codebook")
 PARTLY_SCORED = ("skip", "partial")
+WEIGHT_FORMS = (*FORMS, "stage")
+DIVERGENCE_WEIGHTS = ("none", "stage")
 
 
 @dataclass
@@ -82,18 +86,70 @@ class GCPOConfig(GRPOConfig):
         default="exp",
         metadata={
             "help": "Dynamic advantage weight: 'exp' (released code, 1 at the start), 'linear' (the paper's Eq. 7 "
-            "literally, 0 at the start) or 'none'."
+            "literally, 0 at the start) or 'none'. 'stage' is the baseline STAGE instead: tokens unlike those of the "
+            "group's samples of opposite advantage weigh more, mean 1 over a sample; it needs no reference, and its "
+            "authors measure in select_similarity_space='codebook'."
         },
     )
     weight_clip: float = field(
         default=0.5,
-        metadata={"help": "Bound on |log p - log p_ref| in the weight, > 0. Published: 0.5 to 1; released code: 0.5."},
+        metadata={
+            "help": "Bound on |log p - log p_ref| in the weights 'exp' and 'linear', > 0. Published: 0.5 to 1; "
+            "released code: 0.5."
+        },
     )
     weight_detach: bool = field(
         default=True,
         metadata={
             "help": "Keep gradients out of the weight. False reproduces the released code, which also moves tokens "
             "that were not selected, and makes the image head and its gradient run over all tokens."
+        },
+    )
+    divergence: str = field(
+        default="k3",
+        metadata={
+            "help": "What beta multiplies: 'k3' is TRL's own KL, 'reverse_kl' the same number (released as rkl), "
+            "'forward_kl' (fkl), 'jensen_shannon' (js), or 'alpha', a family between the first two. Published: "
+            "k3 (GCPO); all three (f-divergence GRPO)."
+        },
+    )
+    divergence_alpha: float = field(
+        default=0.5,
+        metadata={
+            "help": "Member of divergence='alpha', in [0, 1]: 0 is reverse_kl, 1 forward_kl, 0.5 twice the squared "
+            "Hellinger distance."
+        },
+    )
+    divergence_match: str = field(
+        default="curvature",
+        metadata={
+            "help": "'curvature' scales the divergence so that one beta holds the policy equally hard near the "
+            "reference, whichever is chosen: jensen_shannon times 4, the others times 1. 'value' takes it as printed "
+            "(released code)."
+        },
+    )
+    divergence_gradient: str | None = field(
+        default=None,
+        metadata={
+            "help": "'pathwise' differentiates the divergence at the sampled token (GRPO, the released code); "
+            "'unbiased' adds what sampling depends on, g - w g'. Default: as use_bias_correction_kl says, which "
+            "multiplies the divergence by the importance ratio and is then unbiased, and else is pathwise; 'pathwise' "
+            "needs use_bias_correction_kl=False."
+        },
+    )
+    divergence_on: str = field(
+        default="critical",
+        metadata={
+            "help": "Tokens that the divergence is on: 'critical' (Eq. 8, released code) or 'all' the policy drew, "
+            "over whose number it is then normalised, while the policy term stays with the critical ones. 'all' makes "
+            "the image head and its gradient run over all tokens."
+        },
+    )
+    divergence_weight: str = field(
+        default="none",
+        metadata={
+            "help": "'stage' multiplies the divergence of each token by STAGE's weight in [0.5, 1], less for tokens "
+            "unlike those of the group's samples of opposite advantage."
         },
     )
     reward_missing: str | None = field(
@@ -179,7 +235,8 @@ class GCPOConfig(GRPOConfig):
         self._check_selection()
         self._check_choice("select_entropy_from", ENTROPY_SOURCES)
         self._check_choice("select_similarity_space", SIMILARITY_SPACES)
-        self._check_choice("weight_form", tuple(FORMS))
+        self._check_choice("weight_form", WEIGHT_FORMS)
+        self._check_divergence()
         if self.reward_missing is not None:
             self._check_choice("reward_missing", PARTLY_SCORED)
         self._check_choice("rollout_backend", BACKENDS)
@@ -222,7 +279,18 @@ class GCPOConfig(GRPOConfig):
     @property
     def needs_weight(self) -> bool:
         """Whether the dynamic advantage weight is on, and with it a reference model."""
-        return self.weight_form != "none"
+        return self.weight_form in FORMS and self.weight_form != "none"
+
+    @property
+    def needs_opposing(self) -> bool:
+        """Whether a weight of STAGE is on, and with it the similarity to samples of opposite advantage."""
+        return "stage" in (self.weight_form, self.divergence_weight)
+
+    @property
+    def own_divergence(self) -> bool:
+        """Whether the divergence is added beside TRL's loss; else TRL's own KL is used, to the bit."""
+        chosen = (self.divergence, self.divergence_gradient, self.divergence_on, self.divergence_weight)
+        return chosen != ("k3", None, "critical", "none")
 
     @property
     def selects_everything(self) -> bool:
@@ -233,6 +301,33 @@ class GCPOConfig(GRPOConfig):
         value = getattr(self, name)
         if value not in choices:
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}")
+
+    def _check_divergence(self) -> None:
+        self._check_choice("divergence", tuple(DIVERGENCES))
+        self._check_choice("divergence_match", MATCHES)
+        self._check_choice("divergence_on", DIVERGENCE_ON)
+        self._check_choice("divergence_weight", DIVERGENCE_WEIGHTS)
+        if self.divergence_gradient is not None:
+            self._check_choice("divergence_gradient", GRADIENTS)
+        if not 0 <= self.divergence_alpha <= 1:
+            raise ValueError(
+                f"divergence_alpha={self.divergence_alpha} must lie in [0, 1]; 0 is reverse_kl, 1 is forward_kl"
+            )
+        ours = {f.name: f.default for f in fields(self) if f.name.startswith("divergence")}
+        changed = {name: value for name, default in ours.items() if (value := getattr(self, name)) != default}
+        if self.beta == 0.0 and changed:
+            seen = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+            raise ValueError(f"{seen} has no effect at beta=0; set beta, such as 0.01, or leave it out")
+        if "divergence_alpha" in changed and self.divergence != "alpha":
+            raise ValueError(
+                f"divergence_alpha={self.divergence_alpha} has no effect on divergence={self.divergence!r}; set "
+                "divergence='alpha', or leave it out"
+            )
+        if self.divergence_gradient == "pathwise" and self.use_bias_correction_kl:
+            raise ValueError(
+                "divergence_gradient='pathwise' with use_bias_correction_kl=True, TRL's default, which multiplies the "
+                "divergence by a ratio whose gradient makes it unbiased; set use_bias_correction_kl=False"
+            )
 
     def _check_selection(self) -> None:
         self._check_choice("select_combine", COMBINE)

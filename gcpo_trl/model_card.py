@@ -16,10 +16,11 @@ PAPER = "https://github.com/zghhui/GCPO"
 PACKAGES = ("trl", "transformers", "peft", "torch")
 SETTINGS = (
     *("select_strategies", "select_fraction", "select_combine", "weight_form", "weight_clip", "weight_detach"),
+    *("divergence", "divergence_on", "divergence_weight"),
     *("rollout_guidance_scale", "temperature", "num_generations", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "learning_rate", "beta", "loss_type", "max_steps", "seed"),
 )
-MEASURED = ("reward", "kl", "gcpo/entropy/all")  # and whatever begins with HELD_OUT
+MEASURED = ("reward", "kl", "gcpo/divergence/k3", "gcpo/entropy/all")  # and whatever begins with HELD_OUT
 HELD_OUT = "gcpo/held_out/"
 SAMPLES = "samples.png"
 

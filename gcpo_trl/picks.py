@@ -12,7 +12,10 @@ from torch import Tensor
 from . import trl_compat
 from .objective.selection import critical_tokens
 from .objective.signals import Signals, SignalsOnDemand, group_similarity_from_ids
+from .objective.stage import opposing_similarity
 from .selected import with_rollout_logps
+
+OPPOSING = "opposing_similarity"  # the key in TRL's batch, which is shuffled and split with the rest
 
 
 class Picks:
@@ -28,6 +31,8 @@ class Picks:
         """TRL's batch, its loss mask narrowed to the critical tokens (before TRL shuffles groups apart)."""
         with trl_compat.reference_scored(self, needed=self.args.needs_weight):
             batch = super()._generate_and_score_completions(inputs)
+        if self.args.needs_opposing:
+            batch = {**batch, OPPOSING: self._opposing(batch)}
         masks = {} if self.args.selects_everything else self._critical(batch)
         if self._image_log is not None and self.model.training:
             prompts = [row["prompt"] for row in inputs]
@@ -69,22 +74,43 @@ class Picks:
         return (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
 
     def _similarity(self, batch: dict[str, Any], valid: Tensor) -> Tensor:
-        """Group similarity of each position; token ids are gathered, because a group may span ranks."""
+        """Group similarity of each position, ``(batch, seq)``."""
+        ids, table, alive = self._groups(batch, valid)
+        similarity = group_similarity_from_ids(ids, table, alive)
+        return self._own_rows(similarity.repeat_interleave(ids.shape[1], dim=0), valid)
+
+    def _opposing(self, batch: dict[str, Any]) -> Tensor:
+        """Similarity of each token to those of the group's members of opposite advantage, ``(batch, seq)``."""
+        valid = self._valid(batch)
+        ids, table, alive = self._groups(batch, valid)
+        advantages = self.accelerator.gather(batch["advantages"].contiguous()).view(-1, ids.shape[1])
+        similarity = opposing_similarity(ids, table, advantages, alive)
+        return self._own_rows(rearrange(similarity, "prompts group seq -> (prompts group) seq"), valid)
+
+    def _groups(self, batch: dict[str, Any], valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids ``(prompts, group, seq)`` of all ranks, as rows of a table of embeddings, and where they are valid.
+
+        Ids are gathered, not embeddings, because a group may span ranks.
+        """
         mode = "train" if self.model.training else "eval"
         group = self.num_generations if mode == "train" else self.num_generations_eval
-        accelerator, (rows, seq) = self.accelerator, valid.shape
+        accelerator = self.accelerator
         ids, alive = (
-            accelerator.gather(accelerator.pad_across_processes(x.contiguous(), dim=1))
+            rearrange(
+                accelerator.gather(accelerator.pad_across_processes(x.contiguous(), dim=1)),
+                "(prompts group) seq -> prompts group seq",
+                group=group,
+            )
             for x in (batch["completion_ids"], valid.long())
         )
         used, ids = ids.unique(return_inverse=True)  # a text vocabulary is far larger than a batch
-        similarity = group_similarity_from_ids(
-            rearrange(ids, "(prompts group) seq -> prompts group seq", group=group),
-            self._table_rows(used),
-            rearrange(alive.bool(), "(prompts group) seq -> prompts group seq", group=group),
-        ).repeat_interleave(group, dim=0)
-        first = accelerator.process_index * rows
-        return similarity[first : first + rows, :seq]
+        return ids, self._table_rows(used), alive.bool()
+
+    def _own_rows(self, values: Tensor, valid: Tensor) -> Tensor:
+        """This rank's part of ``values`` of all ranks, ``(all rows, seq)``."""
+        rows, seq = valid.shape
+        first = self.accelerator.process_index * rows
+        return values[first : first + rows, :seq]
 
     def _table_rows(self, tokens: Tensor) -> Tensor:
         """Embeddings ``(tokens, dim)`` in which similarity is measured."""

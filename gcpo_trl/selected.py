@@ -2,7 +2,8 @@
 
 TRL multiplies what a token adds to the loss by its mask, so log-probabilities at other positions need no gradient. They
 need values only for the weight, which sums over all tokens up to each: the rollout's own while the policy is the one
-that drew them, else a pass without gradient. A weight that is not detached needs gradients everywhere.
+that drew them, else a pass without gradient. A weight that is not detached, and a divergence on all tokens, need
+gradients everywhere.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def with_rollout_logps(batch: dict[str, Any], rollout: Any, model: Any, args: An
     rounding. Not once an update lies between rollout and loss, which TRL marks by ``old_per_token_logps``.
     """
     half = args.bf16 or args.fp16 or any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
-    wanted = args.weight_form == "exp" and args.weight_detach and "old_per_token_logps" not in batch
+    wanted = args.weight_form == "exp" and args.weight_detach and args.divergence_on == "critical"
+    wanted = wanted and "old_per_token_logps" not in batch
     return {**batch, LOGPS: rollout.logps} if wanted and rollout is not None and not half else batch
 
 
@@ -40,7 +42,8 @@ def selected_only(
         yield lambda logps: logps
         return
     positions = None
-    if "tool_mask" in inputs and not (args.needs_weight and not args.weight_detach):
+    everywhere = args.divergence_on == "all" or (args.needs_weight and not args.weight_detach)
+    if "tool_mask" in inputs and not everywhere:
         positions = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
     known = inputs.get(LOGPS) if args.needs_weight else inputs.get("old_per_token_logps")
     rest = args.needs_weight and known is None

@@ -2,7 +2,8 @@
 
     prompt -> rollout -> reward -> advantages -> critical tokens -> weight -> loss
 
-Rollout and rewards are in `draws`, critical tokens in `picks`, the weight here; advantages and loss are TRL's.
+Rollout and rewards are in `draws`, critical tokens in `picks`, the weight here, divergences other than TRL's KL in
+`penalty`; advantages and loss are TRL's.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ from .held_out import HeldOutCallback
 from .image_log import ImageLog
 from .model_card import write_card
 from .modules import default_adapters, default_quantization, freeze_all_but, keep_differentiable, train_report
+from .objective.stage import stage_advantage_weight
 from .objective.weighting import advantage_weight
-from .picks import Picks
+from .penalty import Penalised
+from .picks import OPPOSING, Picks
 from .policies import adapt, family_of
 from .resume import ExactResume
 from .rewards import load_rewards, place_rewards
@@ -46,7 +49,7 @@ from .timing import Timed
 logger = logging.getLogger(__name__)
 
 
-class GCPOTrainer(Draws, Picks, Timed, ExactResume, GRPOTrainer):
+class GCPOTrainer(Draws, Picks, Penalised, Timed, ExactResume, GRPOTrainer):
     """`trl.GRPOTrainer` that trains image (and text) policies on critical tokens with a dynamic advantage weight.
 
     Takes GRPOTrainer's arguments; ``args`` is a `GCPOConfig`. A plain `GRPOConfig` trains exactly as GRPOTrainer would.
@@ -203,16 +206,24 @@ class GCPOTrainer(Draws, Picks, Timed, ExactResume, GRPOTrainer):
         with selected_only(self.policy, self.args, inputs, self._entropy_bonus_enabled) as complete:
             scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         scores = (complete(scores[0]), *scores[1:])
-        if self.args.needs_weight:
-            valid = inputs["drawn_mask"] if "drawn_mask" in inputs else self._valid(inputs)
-            weight = advantage_weight(
-                scores[0],
-                inputs["ref_per_token_logps"],
-                valid,
-                clip=self.args.weight_clip,
-                form=self.args.weight_form,
-                detach=self.args.weight_detach,
-            )
+        if self.args.own_divergence:
+            inputs["per_token_logps"] = scores[0]
+        if self.args.weight_form != "none":
+            weight = self._weight(scores[0], inputs)
             inputs["advantages"] = inputs["advantages"][:, None] * weight
             self._log_mean("gcpo/weight/mean", weight, self._valid(inputs))
         return scores
+
+    def _weight(self, logps: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """What multiplies the advantage of each token, ``(batch, seq)``."""
+        valid = inputs["drawn_mask"] if "drawn_mask" in inputs else self._valid(inputs)
+        if self.args.weight_form == "stage":
+            return stage_advantage_weight(inputs[OPPOSING], valid)
+        return advantage_weight(
+            logps,
+            inputs["ref_per_token_logps"],
+            valid,
+            clip=self.args.weight_clip,
+            form=self.args.weight_form,
+            detach=self.args.weight_detach,
+        )

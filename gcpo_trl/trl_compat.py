@@ -1,7 +1,7 @@
 """The one file that knows TRL's private names (TRL 1.16). Each use is pinned by a test in tests/contract.
 
-Nothing of TRL's loss is copied: masks enter through ``tool_mask``, weights through ``advantages``, both of which
-``GRPOTrainer._compute_loss`` reads by design.
+Of TRL's loss only the normalisers are written again, for a term beside it: masks enter through ``tool_mask``, weights
+through ``advantages``, both of which ``GRPOTrainer._compute_loss`` reads by design.
 """
 
 from __future__ import annotations
@@ -59,13 +59,8 @@ def reference_built(args: Any, model: Any, needed: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def reference_scored(trainer: Any, needed: bool) -> Iterator[None]:
     """Around rollout scoring: with ``beta=0`` TRL scores no reference, so beta is lent a value where one is needed."""
-    beta = trainer.beta
-    if needed and beta == 0.0:
-        trainer.beta = ANY_BETA
-    try:
+    with beta_lent(trainer, ANY_BETA if needed and trainer.beta == 0.0 else trainer.beta):
         yield
-    finally:
-        trainer.beta = beta
 
 
 def generation_context(trainer: Any) -> contextlib.ExitStack:
@@ -139,11 +134,62 @@ def with_critical_mask(trainer: Any, batch: dict[str, Any], critical: Tensor, dr
     """The batch with only ``critical`` tokens in its loss: TRL multiplies ``tool_mask`` into the loss mask.
 
     ``num_items_in_batch``, which normalises the token-level losses, is counted again over all ranks. ``drawn``, the
-    tokens of the policy's own that ``tool_mask`` told apart until now, stays in the batch for the weight.
+    tokens of the policy's own that ``tool_mask`` told apart until now, stays in the batch for the weight, and their
+    number for a term that is on all of them.
     """
     mask = (critical & drawn).long()
-    items = trainer.accelerator.gather(mask.sum()).sum()
-    return {**batch, "tool_mask": mask, "drawn_mask": drawn, "num_items_in_batch": items}
+    items, all_items = trainer.accelerator.gather(torch.stack([mask.sum(), drawn.sum()])[None]).sum(dim=0)
+    ours = {"tool_mask": mask, "drawn_mask": drawn, "num_items_in_batch": items, "drawn_items_in_batch": all_items}
+    return {**batch, **ours}
+
+
+@contextlib.contextmanager
+def beta_lent(trainer: Any, beta: float) -> Iterator[None]:
+    """Within, TRL reads this ``beta``: at 0 its loss has no KL term, and it logs none."""
+    own = trainer.beta
+    trainer.beta = beta
+    try:
+        yield
+    finally:
+        trainer.beta = own
+
+
+def aggregate(trainer: Any, per_token: Tensor, mask: Tensor, items: Tensor) -> Tensor:
+    """``per_token`` ``(batch, seq)`` under ``mask`` made into a loss as TRL makes one of its own, for every loss type.
+
+    ``items`` is the number of tokens of the generation on all ranks that such a mask leaves, what TRL calls
+    ``num_items_in_batch``. Linear in ``per_token``, so a term may be added to the loss after the fact.
+
+    Gradient: flows to per_token where mask is True.
+    """
+    kept = torch.where(mask, per_token, 0.0)
+    train = trainer.model.training
+    accumulated = trainer.current_gradient_accumulation_steps if train else 1.0
+    match trainer.loss_type:
+        case "grpo" | "sapo":
+            return (kept.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean() / accumulated
+        case "bnpo":
+            return kept.sum() / mask.sum().clamp(min=1.0) / accumulated
+        case "dr_grpo":
+            return kept.sum() / (len(kept) * trainer.max_completion_length) / accumulated
+        case "luspo":
+            return kept.sum(-1).mean() / accumulated
+        case "cispo" | "dapo" | "vespo":
+            share = accumulated / trainer.args.steps_per_generation if train else 1.0
+            return kept.sum() / (items.clamp(min=1.0) / trainer.accelerator.num_processes * share)
+    raise ValueError(f"loss_type={trainer.loss_type!r} has no known normaliser; set divergence back to 'k3'")
+
+
+def importance_ratio(trainer: Any, logps: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """What TRL multiplies its KL by under ``use_bias_correction_kl``: the ratio to the policy that drew the tokens.
+
+    ``(batch, seq)``, or ``(batch, 1)`` with ``importance_sampling_level="sequence"``. Gradient: flows to logps.
+    """
+    old = inputs.get("old_per_token_logps")
+    log_ratio = logps - (logps.detach() if old is None else old)
+    if trainer.importance_sampling_level == "sequence":
+        log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
+    return log_ratio.exp()
 
 
 def eight_of_generate(prompt_ids: list[list[int]], tokens: list[list[int]], labels: list[str]) -> tuple[Any, ...]:

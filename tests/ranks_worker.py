@@ -27,6 +27,14 @@ SCENARIOS = {
     "full": {},
     "lora": {"lora": True},
     "all_tokens": {"select_strategies": ["everything"], "weight_form": "none"},
+    "stage": {
+        "weight_form": "stage",
+        "divergence_weight": "stage",
+        "divergence": "forward_kl",
+        "divergence_on": "all",
+        "loss_type": "dapo",
+        "beta": 0.5,
+    },
     "failing": {"fails": True},
 }
 # saved_full_aligned, resumed_full_aligned, ...: a run, and one that goes on from a checkpoint of it.
@@ -45,7 +53,7 @@ def fails_on_the_last_rank(prompts, completions, trainer_state, **columns):
 
 
 def seen_by(trainer):
-    """Of every loss: a row's tokens, which of them train, its advantage, and the weight of each."""
+    """Of every loss: a row's tokens, which of them train, its advantage, and each one's weight or STAGE similarity."""
     rows, weights = [], []
     weigh, loss = gcpo_trl.trainer.advantage_weight, trainer._compute_loss
 
@@ -57,7 +65,7 @@ def seen_by(trainer):
         value = loss(model, inputs)
         ids = inputs["completion_ids"]
         mask = inputs["tool_mask"] if "tool_mask" in inputs else torch.ones_like(ids)
-        weight = weights[0] if weights else torch.ones(ids.shape)
+        weight = weights[0] if weights else inputs.get("opposing_similarity", torch.ones(ids.shape))
         parts = (ids, mask, inputs["advantages"], weight)
         rows.append([list(row) for row in zip(*(part.tolist() for part in parts), strict=True)])
         return value

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = (
     "cli > evaluation, analysis, bench, serving"
     " > trainer, config, checks, modules, resume, rewards, selected, timing, trl_compat"
-    ", ahead, draws, picks"
+    ", ahead, draws, picks, penalty"
     ", image_log, held_out, model_card"
     " > rollout, shapes > policies > models > objective, prompts, plugins, extras, drawing"
 )

@@ -54,7 +54,7 @@ def difference(one, other):
 def alone(tiny_janus, tmp_path_factory):
     """What one process does."""
     folder = tmp_path_factory.mktemp("alone")
-    done = launch([WORKER, str(folder), tiny_janus, "full", "lora", *RESUMING])
+    done = launch([WORKER, str(folder), tiny_janus, "full", "lora", "stage", *RESUMING])
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -63,12 +63,12 @@ def alone(tiny_janus, tmp_path_factory):
 def ddp(tiny_janus, tmp_path_factory):
     """What two processes do under DDP."""
     folder = tmp_path_factory.mktemp("ddp")
-    done = accelerated("ddp", WORKER, str(folder), tiny_janus, "full", "lora", "all_tokens", *RESUMING)
+    done = accelerated("ddp", WORKER, str(folder), tiny_janus, "full", "lora", "stage", "all_tokens", *RESUMING)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
-@pytest.mark.parametrize("scenario", ["full", "lora"])
+@pytest.mark.parametrize("scenario", ["full", "lora", "stage"])
 def test_a_group_on_two_ranks_is_the_group_on_one(alone, ddp, scenario):
     (single,), pair = reports(alone, scenario), reports(ddp, scenario)
     assert [report["world"] for report in pair] == [2, 2] and single["world"] == 1

@@ -46,7 +46,7 @@ def test_every_setting_has_its_help_and_a_room():
     ours = [f for f in dataclasses.fields(GCPOConfig) if f.name not in GRPOConfig.__dataclass_fields__]
     assert len(ours) >= 12
     for setting in ours:
-        assert setting.name.split("_")[0] in {"select", "weight", "rollout", "reward", "train", "log"}
+        assert setting.name.split("_")[0] in {"select", "weight", "divergence", "rollout", "reward", "train", "log"}
         assert len(setting.metadata["help"]) > 40, f"{setting.name} does not explain itself"
 
 
@@ -71,9 +71,21 @@ MISTAKES = [
     ({"select_window": [0.0, 1.5]}, ["select_window=[0.0, 1.5]"]),
     ({"select_entropy_from": "policy"}, ["select_entropy_from='policy'", "guided, conditional"]),
     ({"select_similarity_space": "clip"}, ["select_similarity_space='clip'", "aligner, codebook"]),
-    ({"weight_form": "log"}, ["weight_form='log'", "exp, linear, none"]),
+    ({"weight_form": "log"}, ["weight_form='log'", "exp, linear, none, stage"]),
     ({"weight_clip": 0.0}, ["weight_clip=0.0", "positive", "0.5"]),
     ({"weight_clip": float("nan")}, ["weight_clip=nan"]),
+    ({"divergence": "js", "beta": 0.1}, ["divergence='js'", "k3, reverse_kl, forward_kl, jensen_shannon, alpha"]),
+    ({"divergence_match": "beta", "beta": 0.1}, ["divergence_match='beta'", "curvature, value"]),
+    ({"divergence_gradient": "path", "beta": 0.1}, ["divergence_gradient='path'", "pathwise, unbiased"]),
+    ({"divergence_on": "drawn", "beta": 0.1}, ["divergence_on='drawn'", "critical, all"]),
+    ({"divergence_weight": "exp", "beta": 0.1}, ["divergence_weight='exp'", "none, stage"]),
+    ({"divergence": "alpha", "divergence_alpha": 1.5, "beta": 0.1}, ["divergence_alpha=1.5", "[0, 1]", "forward_kl"]),
+    ({"divergence": "alpha", "divergence_alpha": float("nan"), "beta": 0.1}, ["divergence_alpha=nan"]),
+    ({"divergence_alpha": 0.3, "beta": 0.1}, ["divergence_alpha=0.3", "divergence='k3'", "divergence='alpha'"]),
+    ({"divergence": "forward_kl"}, ["divergence='forward_kl'", "no effect", "beta=0", "0.01"]),
+    ({"divergence_on": "all"}, ["divergence_on='all'", "no effect", "beta=0"]),
+    ({"divergence_weight": "stage", "divergence_match": "value"}, ["divergence_weight='stage'", "'value'", "beta=0"]),
+    ({"divergence_gradient": "pathwise", "beta": 0.1}, ["'pathwise'", "set use_bias_correction_kl=False"]),
     ({"rollout_guidance_scale": -1.0}, ["rollout_guidance_scale=-1.0", "1 switches"]),
     ({"rollout_guidance_scale": float("inf")}, ["rollout_guidance_scale=inf"]),
     ({"log_images": -1}, ["log_images=-1", ">= 0", "0 for none"]),
@@ -119,6 +131,16 @@ def test_everything_without_weight_is_plain_grpo():
     assert config(select_strategies=["everything"]).selects_everything
     assert not config(select_strategies=["initial"], select_complement=True).selects_everything
     assert not config(weight_form="none").needs_weight
+
+
+def test_stage_needs_no_reference_and_the_default_divergence_is_trls():
+    stage = config(weight_form="stage")
+    assert stage.needs_opposing and not stage.needs_weight
+    assert config(divergence_weight="stage", beta=0.1).needs_opposing and not config().needs_opposing
+    assert not config(beta=0.1).own_divergence and not config(beta=0.1, divergence_match="value").own_divergence
+    for changes in ({"divergence": "reverse_kl"}, {"divergence_on": "all"}, {"divergence_gradient": "unbiased"}):
+        assert config(beta=0.1, **changes).own_divergence, changes
+    assert config(beta=0.1, divergence_gradient="pathwise", use_bias_correction_kl=False).own_divergence
 
 
 def test_a_plain_config_keeps_its_settings_and_trains_everything():

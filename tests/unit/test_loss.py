@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gcpo_trl.objective.loss import LossInputs, gcpo_loss, k3
+from gcpo_trl.objective.loss import LossInputs, gcpo_loss
 from gcpo_trl.objective.weighting import advantage_weight
 
 REF = torch.full((1, 4), -1.0)
@@ -23,24 +23,6 @@ def loss_and_gradient(logps, form, detach, **options):
     loss = gcpo_loss(LossInputs(logps=logps, ref_logps=REF, **settings)).loss
     loss.backward()
     return loss.detach(), logps.grad
-
-
-def test_k3_value_and_gradient():
-    # d = ref - logp = -.2, 1, 0, -.3; exp(d) - d - 1 = .018731, .718282, 0, .040818; gradient 1 - exp(d)
-    logps = torch.tensor([MOVED], requires_grad=True)
-    ref = REF.clone().requires_grad_()
-    value = k3(logps, ref)
-    assert_close(value, torch.tensor([[0.018731, 0.718282, 0, 0.040818]]), rtol=0, atol=1e-6)
-    value.sum().backward()
-    expected = torch.tensor([[1 - math.exp(-0.2), 1 - math.e, 0, 1 - math.exp(-0.3)]])
-    assert_close(logps.grad, expected, rtol=0, atol=1e-6)
-    assert ref.grad is None
-
-
-def test_k3_of_bf16_is_computed_in_fp32():
-    # d = 1/16: exp(d) - d - 1 = .001994; in bf16 exp(d) rounds to 1.0625 and the estimate to 0
-    value = k3(torch.full((1, 1), -1.0625, dtype=torch.bfloat16), torch.full((1, 1), -1.0, dtype=torch.bfloat16))
-    assert_close(value, torch.full((1, 1), math.exp(1 / 16) - 1 / 16 - 1), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +71,7 @@ def test_normalizers():
     # 3 critical of 6 valid; mean weight (1 + 3 + 5) / 3
     assert_close(out.metrics["gcpo/select/fraction"], torch.tensor(0.5), rtol=0, atol=0)
     assert_close(out.metrics["gcpo/weight/mean"], torch.tensor(3.0), rtol=0, atol=1e-6)
-    assert_close(out.metrics["gcpo/divergence/reverse_kl"], torch.tensor(0.0), rtol=0, atol=0)
+    assert_close(out.metrics["gcpo/divergence/k3"], torch.tensor(0.0), rtol=0, atol=0)
     assert_close(out.metrics["gcpo/policy/clipped_fraction"], torch.tensor(0.0), rtol=0, atol=0)
 
 
@@ -135,3 +117,54 @@ def test_no_critical_token_gives_zero_not_nan():
 def test_unknown_normalizer_says_which_exist():
     with pytest.raises(ValueError, match=r"'tokens'.*selected, sequence"):
         loss_and_gradient(MOVED, "exp", True, normalizer="tokens")
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss", "gradient"),
+    [
+        # Forward KL: token 0 has u = -.2, w = .818731: w u - w + 1 = .017523, gradient -w u = .163746; token 2 has 0.
+        ({"divergence": "forward_kl"}, 0.1 * 0.017523 / 2, [0.1 * 0.163746 / 2, 0, 0, 0]),
+        # Unbiased: 1 - w = .181269 at token 0.
+        (
+            {"divergence": "forward_kl", "divergence_gradient": "unbiased"},
+            0.1 * 0.017523 / 2,
+            [0.1 * 0.181269 / 2, 0, 0, 0],
+        ),
+        # On all: k3 = .018731, .718282, 0, .040818 over 4 tokens; gradients 1 - w.
+        (
+            {"divergence_on": "all"},
+            0.1 * 0.777831 / 4,
+            [0.1 * 0.181269 / 4, -0.1 * 1.718282 / 4, 0, 0.1 * 0.259182 / 4],
+        ),
+        # Half of it at token 0, all at the others.
+        ({"divergence_weight": torch.tensor([[0.5, 1, 1, 1]])}, 0.1 * 0.018731 / 4, [0.1 * 0.181269 / 4, 0, 0, 0]),
+    ],
+)
+def test_the_divergence_of_one_image(settings, loss, gradient):
+    seen, seen_gradient = loss_and_gradient(MOVED, "none", True, weight=torch.zeros(1, 4), beta=0.1, **settings)
+    assert_close(seen, torch.tensor(loss), rtol=0, atol=1e-7)
+    assert_close(seen_gradient, torch.tensor([gradient]), rtol=0, atol=1e-7)
+
+
+def test_the_metric_is_the_divergence_itself_over_the_tokens_it_is_on():
+    logps = torch.tensor([MOVED])
+    inputs = LossInputs(
+        logps=logps,
+        ref_logps=REF,
+        advantages=torch.ones(1),
+        critical=CRITICAL,
+        weight=torch.ones(1, 4),
+        divergence="jensen_shannon",
+        divergence_on="all",
+    )
+    # (w u - (1 + w) log((1 + w) / 2)) / 2 at u = -.2, 1, 0, -.3: .004524, .206261, 0, .009683;
+    # their mean, and not times 4
+    found = gcpo_loss(inputs).metrics["gcpo/divergence/jensen_shannon"]
+    u = [-0.2, 1.0, 0.0, -0.3]
+    expected = sum(math.exp(x) * x - (1 + math.exp(x)) * math.log((1 + math.exp(x)) / 2) for x in u) / 2 / 4
+    assert_close(found, torch.tensor(expected), rtol=0, atol=1e-6)
+
+
+def test_an_unknown_place_of_the_divergence_says_which_exist():
+    with pytest.raises(ValueError, match=r"'some'.*critical, all"):
+        loss_and_gradient(MOVED, "exp", True, divergence_on="some")
