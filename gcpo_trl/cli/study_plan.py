@@ -2,14 +2,14 @@
 
     question: "Does the weight help?"
     recipe: "../shapes_gcpo.yaml"          # beside the study file
-    settings: {max_steps: 60}              # of every run
+    settings: {max_steps: 40}              # of every run
     seeds: 3                               # 0, 1, 2; or a list
     baseline: "GRPO"                       # the arm that the others are compared with, seed by seed
     arms:
       "GRPO": {select_strategies: ["everything"], weight_form: "none"}
       "GCPO": {}
     grid: {num_generations: [4, 8]}        # optional: every arm with every combination
-    evaluate: {images_a_prompt: 4}         # optional, see `Measure`
+    evaluate: {images_a_prompt: 3}         # optional, see `Measure`
 
 A run is known by its settings, seed and measure, so studies that share an arm share its runs.
 """
