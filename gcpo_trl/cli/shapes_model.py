@@ -105,14 +105,14 @@ def learnt(options: argparse.Namespace, tokenizer: JanusVQVAE) -> Any:
     """The policy after its last stage; stages that are in the work folder are not repeated."""
     kind = LEARNERS[options.model]
     prefix = "policy" if options.model == "janus" else options.model
-    folders = [stage_folder(options, f"{prefix}_{stage}") for stage in range(len(STAGES))]
+    folders = [stage_folder(options, f"{prefix}_{stage}") for stage in range(len(kind.stages))]
     done = max((stage + 1 for stage, folder in enumerate(folders) if folder.exists()), default=0)
     if done:
         learner = kind.open(folders[done - 1])
     else:
         seed_everything(options.seed)
         learner = kind.fresh(tokenizer, HIDDEN, LAYERS, HEADS)
-    for stage, (count, noise, tasks) in list(enumerate(STAGES))[done:]:
+    for stage, (count, noise, tasks) in list(enumerate(kind.stages))[done:]:
         losses = train_policy(learner, tokenizer, steps(options, count), noise, tasks, seed=options.seed + stage)
         say(f"policy, stage {stage}: {losses}")
         learner.save(folders[stage])

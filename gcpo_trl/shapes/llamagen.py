@@ -13,6 +13,7 @@ from ..models import LlamaGenConfig, LlamaGenForImageGeneration, LlamaGenProcess
 from ..models.llamagen.text import TextEncoder
 from ..policies.llamagen import LlamaGenPolicy
 from .build import save_atomically, vocabulary
+from .train_policy import STAGES
 
 TEXT_ENCODER = "text_encoder"  # the folder of the T5, inside the model's
 CAPTION_TOKENS = 16  # the longest caption has 10 words and an end
@@ -71,6 +72,9 @@ def build_model(tokenizer: JanusVQVAE, hidden_size: int, layers: int, heads: int
 
 class LlamaGenLearner:
     """Transformer and text encoder train together here; in reinforcement learning the text encoder is frozen."""
+
+    # It takes hold of colours sooner than the tiny Janus: the later stages would leave too little for a reward.
+    stages = STAGES[:1]
 
     def __init__(
         self, model: LlamaGenForImageGeneration, processor: LlamaGenProcessor, text_encoder: T5EncoderModel

@@ -128,6 +128,7 @@ def caption_loss(model: JanusForConditionalGeneration, prompts: Tensor, mask: Te
 class Learner(Protocol):
     """A policy in pretraining: what trains, how it reads captions, and its loss on pictures as tokens."""
 
+    stages: Sequence[tuple[int, float, Sequence[str]]]
     model: PreTrainedModel
     parameters: list[Tensor]
 
@@ -142,6 +143,8 @@ class Learner(Protocol):
 
 class JanusLearner:
     """The tiny Janus: language model and image parts train, the image tokenizer does not."""
+
+    stages = STAGES
 
     @classmethod
     def fresh(cls, tokenizer: JanusVQVAE, hidden_size: int, layers: int, heads: int) -> JanusLearner:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import T5EncoderModel
 
+from reward_funcs._runtime import whole_weights
+
 logger = logging.getLogger(__name__)
 
 KEPT = 4096  # captions whose features stay in memory: about 20 tokens x 2048 x 2 bytes each, 340 MB
@@ -64,11 +66,12 @@ class TextEncoder:
 
 
 def load_t5(name: str, device: torch.device) -> T5EncoderModel:
-    """The encoder on ``device``, in bf16 on a GPU as released."""
+    """The encoder on ``device``, in bf16 on a GPU as released; whole on every rank, as it is no part of an engine."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     logger.info("text encoder: loading %s in %s on %s", name, dtype, device)
     try:
-        return T5EncoderModel.from_pretrained(name, dtype=dtype).requires_grad_(False).eval().to(device)
+        with whole_weights():
+            return T5EncoderModel.from_pretrained(name, dtype=dtype).requires_grad_(False).eval().to(device)
     except OSError as error:
         raise FileNotFoundError(
             f"the text encoder {name!r} is neither a folder nor downloadable here: run `hf download google/flan-t5-xl "
