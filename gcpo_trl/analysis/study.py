@@ -20,11 +20,12 @@ LAST_STEPS = 20  # steps over which the training reward at the end is averaged
 
 @dataclass(frozen=True)
 class Arm:
-    """What is known of one arm: results by seed, and by seed why there is none."""
+    """What is known of one arm: results by seed, and by seed why there is none; or of the untrained model."""
 
     name: str
     results: Mapping[int, Mapping[str, Any]]
     failures: Mapping[int, str] = field(default_factory=dict)
+    trained: bool = True
 
     def values(self, measure: str, scale: str) -> dict[int, float]:
         """``measure`` at a guidance scale, by seed; no entry where a run has none."""
@@ -89,7 +90,7 @@ def table(
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm in arms:
         values = arm.values(measure, first)
-        paired = differences(values, reference) if arm.name != baseline and arm.last_reward() else []
+        paired = differences(values, reference) if arm.name != baseline and arm.trained else []
         cells = [arm.name, str(len(arm.results)), written(list(values.values())), written(paired, "+")]
         cells += [written(list(arm.values(column, first).values())) for column in columns[1:]]
         cells += [written(list(arm.values(measure, scale).values())) for scale in scales[1:]]

@@ -46,7 +46,7 @@ def published_config(name: str) -> JanusConfig:
 def config_of(name: str | None) -> Any:
     """Configuration of a model by path, ``shapes-janus`` or the id of a Janus-Pro; raises ValueError for others."""
     if not name:
-        raise ValueError("model_name_or_path is missing; give a path, a hub id, 'shapes-janus' or 'shapes-llamagen'")
+        raise ValueError("model_name_or_path is missing; give a path, a hub id or 'shapes-janus'")
     name = SHIPPED.get(name, name)
     owner, _, short = name.rpartition("/")
     if owner in OWNERS and short in LANGUAGE and not Path(name).is_dir():

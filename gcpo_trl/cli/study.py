@@ -24,20 +24,23 @@ import torch
 
 from ..analysis.pictures import study_picture
 from ..analysis.study import Arm, minutes, table
-from ..evaluation.benchmark import choose
+from ..evaluation.benchmark import Benchmark, ask_once, choose
 from ..evaluation.diversity import choose_gauge
 from ..evaluation.folder import Folder, write_whole
 from ..evaluation.runner import run as draw_and_judge
 from ..evaluation.runner import settings_of
+from ..extras import require
 from ..rollout import Sampling
 from .console import say
 from .recipe import parsed
-from .study_plan import Run, Study, read_study
+from .study_plan import BASE, Measure, Run, Study, read_study
 from .train import build_trainer
 
-CURVES = ("reward", "kl", "gcpo/entropy/all", "gcpo/diversity/disagreement", "gcpo/weight/mean")
+CURVES = (
+    *("reward", "kl", "gcpo/divergence/k3", "gcpo/entropy/all", "gcpo/diversity/disagreement", "gcpo/weight/mean"),
+    *("gcpo/time/rollout", "gcpo/time/reward", "gcpo/time/reference", "gcpo/time/update"),
+)
 EVALUATION_SEED = 1234
-EVALUATION_BATCH = 256
 SAID = 200  # characters of a failure in a table
 
 
@@ -58,9 +61,10 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
         raise ValueError(f"--jobs {options.jobs}; write how many runs may train at once, such as 2")
     if options.run is not None:
         return lambda: one_run(studies[0], options)
+    require("matplotlib", "viz")
     for study in studies:
-        if options.readme is not None and mark(study, "start") not in options.readme.read_text():
-            raise ValueError(f"{options.readme} has no '{mark(study, 'start')}'; add it and '{mark(study, 'end')}'")
+        if options.readme is not None:
+            parts_of(options.readme, study)
     return lambda: run_studies(studies, options)
 
 
@@ -79,22 +83,24 @@ def run_studies(studies: list[Study], options: argparse.Namespace) -> int:
 
 def one_run(study: Study, options: argparse.Namespace) -> int:
     """Train and judge the run of this key; its file appears once it is whole."""
-    run = next(run for run in study.runs() if run.key == options.run)
+    run = next((run for run in study.runs() if run.key == options.run), None)
+    if run is None:
+        raise ValueError(f"{options.study[0]} has no run {options.run}; it changed while it ran, so start it again")
     write_whole(result_file(options.out, run), (json.dumps(train_and_judge(run)) + "\n").encode())
     return 0
 
 
 def train_and_judge(run: Run) -> dict[str, Any]:
     """What a study keeps of a run: its settings, curves, scores and minutes."""
-    start = time.monotonic()
+    start, benchmark = time.monotonic(), benchmark_of(run.measure)
     with tempfile.TemporaryDirectory(prefix="gcpo-study-") as scratch:
-        own = {"seed": run.seed, "data_seed": run.seed, "output_dir": f"{scratch}/model"}
+        own = {"seed": run.seed, "data_seed": run.seed, "output_dir": f"{scratch}/model", "logging_steps": 1}
         settings, args, model_args = parsed({**run.settings, **own})
         trainer = build_trainer(settings, args, model_args)
         if args.max_steps:
             trainer.train()
         scales = run.measure.guidance_scales or (args.rollout_guidance_scale,)
-        reports = {f"{scale:g}": judged(run, trainer.policy, scale, Path(scratch)) for scale in scales}
+        reports = {f"{scale:g}": judged(run, benchmark, trainer.policy, scale, Path(scratch)) for scale in scales}
     history = trainer.state.log_history
     return {
         "key": run.key,
@@ -108,14 +114,20 @@ def train_and_judge(run: Run) -> dict[str, Any]:
     }
 
 
-def judged(run: Run, policy: Any, scale: float, scratch: Path) -> dict[str, Any]:
-    """The benchmark's report at one guidance scale."""
-    measure = run.measure
+def benchmark_of(measure: Measure) -> Benchmark:
+    """Prompts and judges, asked once: what they lack is seen before anything trains."""
     benchmark = choose(measure.benchmark, images_a_prompt=measure.images_a_prompt, limit=measure.limit)
-    if measure.diversity:
-        gauge = choose_gauge(measure.diversity, benchmark.images_a_prompt)
-        benchmark = dataclasses.replace(benchmark, gauge=gauge)
-    sampling = Sampling(guidance_scale=scale, batch_size=EVALUATION_BATCH)
+    known = ask_once(benchmark)
+    if measure.measure not in known:
+        raise ValueError(f"measure {measure.measure!r} is none of {measure.benchmark}: {', '.join(known)}")
+    if not measure.diversity:
+        return benchmark
+    return dataclasses.replace(benchmark, gauge=choose_gauge(measure.diversity, benchmark.images_a_prompt))
+
+
+def judged(run: Run, benchmark: Benchmark, policy: Any, scale: float, scratch: Path) -> dict[str, Any]:
+    """The benchmark's report at one guidance scale."""
+    sampling = Sampling(guidance_scale=scale, batch_size=run.measure.batch_size)
     settings = settings_of(policy, benchmark, sampling, EVALUATION_SEED, "in training", None)
     folder = Folder(scratch / f"pictures_{scale:g}", benchmark.images_a_prompt)
     folder.open(settings)
@@ -136,8 +148,8 @@ def run_missing(path: Path, study: Study, options: argparse.Namespace) -> None:
     with ThreadPoolExecutor(slots) as pool:
         waiting = [pool.submit(launch, path, run, options.out, room, started) for run in missing]
         try:
-            for done, future in enumerate(waiting, start=1):
-                say(f"{study.name}: {done}/{len(missing)} {future.result()}")
+            for done, (run, future) in enumerate(zip(missing, waiting, strict=True), start=1):
+                say(f"{study.name}: {done}/{len(missing)} {outcome(run, options.out, future.result())}")
         except KeyboardInterrupt:
             for future in waiting:
                 future.cancel()
@@ -148,36 +160,44 @@ def run_missing(path: Path, study: Study, options: argparse.Namespace) -> None:
 
 def slots_of(jobs: int | None) -> tuple[int, queue.Queue[dict[str, str]]]:
     """How many runs at once, and the environment of each place: its GPU, or its share of the CPU's cores."""
-    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or range(gpus)
     slots = jobs or gpus or cores
     room: queue.Queue[dict[str, str]] = queue.Queue()
     for slot in range(slots):
         threads = {"OMP_NUM_THREADS": str(max(1, cores // slots))}
-        room.put(threads | ({"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {}))
+        room.put(threads | ({"CUDA_VISIBLE_DEVICES": str(visible[slot % gpus])} if gpus else {}))
     return slots, room
 
 
 def launch(
     path: Path, run: Run, out: Path, room: queue.Queue[dict[str, str]], started: list[subprocess.Popen[bytes]]
-) -> str:
-    """One run in its own process; returns a line about it. What it printed stays in its log."""
-    place = room.get()
-    log = out / "runs" / f"{run.key}.log"
+) -> int:
+    """One run in its own process; returns its exit code. What it printed stays in its log."""
+    place, log = room.get(), log_file(out, run)
     log.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-m", "gcpo_trl", "study", str(path), "--out", str(out), "--run", run.key]
     try:
         with log.open("wb") as file:
             process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **place})
             started.append(process)
-            code = process.wait()
+            return process.wait()
     finally:
         room.put(place)
+
+
+def outcome(run: Run, out: Path, code: int) -> str:
+    """A line about a run that has ended; where it left no result, its last words are kept for the table.
+
+    Only the main thread calls this: after Ctrl-C it no longer does, so what that ended counts as not yet run.
+    """
     result = result_file(out, run)
     if result.exists():
         failure_file(out, run).unlink(missing_ok=True)
         content = json.loads(result.read_text())
         score = next(iter(content["reports"].values()))[run.measure.measure]["mean"]
         return f"{run.key}, seed {run.seed}: {run.measure.measure} {score:.3f} in {content['minutes']:.1f} min"
+    log = log_file(out, run)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     why = f"exit code {code}: {(lines or ['it printed nothing'])[-1][:SAID]}"
     write_whole(failure_file(out, run), json.dumps({"why": why}).encode())
@@ -215,11 +235,11 @@ def arm_of(name: str, runs: list[Run], out: Path) -> Arm:
         for run in runs
         if run.seed not in results and (file := failure_file(out, run)).exists()
     }
-    return Arm(name, results, failures)
+    return Arm(name, results, failures, trained=name != BASE)
 
 
 def scales_of(arms: list[Arm]) -> list[str]:
-    """Guidance scales of the evaluations, those of every arm first."""
+    """Guidance scales of the evaluations, in the study's order."""
     return list(dict.fromkeys(scale for arm in arms for result in arm.results.values() for scale in result["reports"]))
 
 
@@ -241,6 +261,10 @@ def result_file(out: Path, run: Run) -> Path:
     return out / "runs" / f"{run.key}.json"
 
 
+def log_file(out: Path, run: Run) -> Path:
+    return out / "runs" / f"{run.key}.log"
+
+
 def failure_file(out: Path, run: Run) -> Path:
     return out / "runs" / f"{run.key}.failed"
 
@@ -252,8 +276,15 @@ def mark(study: Study, end: str) -> str:
 
 def insert(readme: Path, study: Study, text: str) -> None:
     """Put ``text`` between the study's marks."""
-    page, start, end = readme.read_text(), mark(study, "start"), mark(study, "end")
-    if start not in page or end not in page:
-        raise ValueError(f"{readme} has no '{start}' and '{end}'; add the two lines where the table belongs")
-    head, rest = page.split(start)[0], page.split(end)[1]
-    write_whole(readme, f"{head}{start}\n{text}\n{end}{rest}".encode())
+    head, rest = parts_of(readme, study)
+    write_whole(readme, f"{head}{mark(study, 'start')}\n{text}\n{mark(study, 'end')}{rest}".encode())
+
+
+def parts_of(readme: Path, study: Study) -> tuple[str, str]:
+    """What stands before and after the study's marks; raises ValueError where they are not there."""
+    start, end = mark(study, "start"), mark(study, "end")
+    head, _, inside = readme.read_text().partition(start)
+    _, closed, rest = inside.partition(end)
+    if not closed:
+        raise ValueError(f"{readme} has no '{start}' and after it '{end}'; add the two lines where the table belongs")
+    return head, rest

@@ -44,6 +44,7 @@ class Measure:
     benchmark, images_a_prompt, limit: as `gcpo evaluate` has them. guidance_scales: the first counts, the others are
     further columns; empty is the recipe's own. measure: what arms are compared by. diversity: the features by which
     it is measured, "" for not at all. against: the diversity on the other axis of the Pareto picture.
+    batch_size: images drawn at once.
     """
 
     benchmark: str = "shapes"
@@ -53,11 +54,12 @@ class Measure:
     measure: str = "exact"
     diversity: str = FEATURES
     against: str = "vendi"
+    batch_size: int = 256
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run and its evaluation; ``steps=0`` evaluates the model as it is."""
+    """One training run and its evaluation; ``max_steps: 0`` evaluates the model as it is."""
 
     settings: Mapping[str, Any]
     seed: int
@@ -66,7 +68,9 @@ class Run:
     @property
     def key(self) -> str:
         """The same for equal runs of any study."""
-        content = {"settings": self.settings, "seed": self.seed, "measure": asdict(self.measure)}
+        usual = Measure()
+        measure = {name: value for name, value in asdict(self.measure).items() if value != getattr(usual, name)}
+        content = {"settings": self.settings, "seed": self.seed, "measure": measure}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -109,6 +113,9 @@ def read_study(path: Path) -> Study:
     arms = dict(combinations(content["arms"], content.get("grid") or {}, path))
     if content["baseline"] not in arms:
         raise ValueError(f"baseline {content['baseline']!r} of {path} is none of its arms: {', '.join(arms)}")
+    guidance = [changes.get("rollout_guidance_scale") for changes in arms.values()]
+    if len(set(guidance)) > 1 and not measure.guidance_scales:
+        raise ValueError(f"arms of {path} draw with different guidance; write evaluate: {{guidance_scales: [...]}}")
     runs = {BASE: [Run(common | {"max_steps": 0}, 0, measure)]}
     for name, changes in arms.items():
         check_run(common | changes, f"{path}, arm {name!r}")
@@ -154,6 +161,8 @@ def check_run(settings: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where} sets {', '.join(sorted(own))}, which a study decides itself; write seeds: [...]")
     try:
         _, args, model_args = parsed({**settings, "output_dir": "unused"}, where=where)
+        if args.max_steps <= 0:
+            raise ValueError("max_steps is not set; equal numbers of steps are what a study compares at")
         name = model_args.model_name_or_path
         config = load_config(SHIPPED.get(name, name), args)
         if family_of(config) != "text":

@@ -88,11 +88,16 @@ def choose(
     return benchmark
 
 
-def ask_once(benchmark: Benchmark) -> None:
-    """Judge a grey picture of each task: rewards load their models and read their columns on first use."""
+def ask_once(benchmark: Benchmark) -> list[str]:
+    """Judge a grey picture of each task: rewards load their models and read their columns on first use.
+
+    Returns what is measured.
+    """
     grey = Image.new("RGB", (64, 64), "grey")
+    measures: dict[str, None] = {}
     for task in dict.fromkeys(benchmark.tasks):
-        benchmark.judges[task]([benchmark.rows[benchmark.tasks.index(task)]], [grey])
+        measures |= dict.fromkeys(benchmark.judges[task]([benchmark.rows[benchmark.tasks.index(task)]], [grey]))
+    return list(measures)
 
 
 def from_rewards(

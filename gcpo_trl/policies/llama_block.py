@@ -154,10 +154,11 @@ def norm_of(module: nn.Module) -> Map:
 
 
 def norm_by_length(hidden: Tensor, weight: Tensor, share: float, eps: Tensor) -> Tensor:
-    """RMS norm of fp32 states: the mean square is the squared length over the width.
+    """RMS norm in fp32: the mean square is the squared length over the width.
 
     On a CPU this takes two thirds of the time of `rms_norm`, which there squares, averages and adds one by one.
     """
+    hidden = hidden.float()
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
     return (hidden * torch.addcmul(eps, length, length, value=share).rsqrt_()).mul_(weight)
 

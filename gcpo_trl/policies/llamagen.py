@@ -85,9 +85,11 @@ class LlamaGenPolicy:
         """Prefill conditional and unconditional prefixes once each, then copy their cache to the rows that need it."""
         body = self.model.model
         condition, mask = self.condition(prompts.ids, prompts.mask)
-        embeddings, rows = body.condition(condition), rows.to(mask.device)
+        # Autocast embeds a condition in another dtype than codes, to which training adds it up.
+        dtype, rows = body.embed_tokens.weight.dtype, rows.to(mask.device)
+        embeddings = body.condition(condition).to(dtype)
         if guided:
-            embeddings = torch.cat([embeddings, body.condition.unconditional(len(embeddings))])
+            embeddings = torch.cat([embeddings, body.condition.unconditional(len(embeddings)).to(dtype)])
             mask, rows = mask.repeat(2, 1), torch.cat([rows, rows + len(prompts.ids)])
         generator = Generator(body, self.model.lm_head, body.embed_tokens, self.token_table)
         return begin(generator, embeddings, mask, rows, self.num_tokens - 1, guided, plain, into)

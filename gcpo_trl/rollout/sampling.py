@@ -61,5 +61,6 @@ def uniforms(seed: int, indices: list[int], count: int) -> Float[Tensor, "batch 
     rows = []
     for index in indices:
         generator.manual_seed((seed * 1_000_003 + index) % 2**63)
-        rows.append(torch.rand(count, generator=generator))
+        # Not the default dtype, which a reward may lend to the whole process while it loads a model.
+        rows.append(torch.rand(count, generator=generator, dtype=torch.float32))
     return torch.stack(rows)

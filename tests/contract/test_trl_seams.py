@@ -19,6 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from gcpo_trl import GCPOTrainer, trl_compat
 from gcpo_trl.draws import Draws
+from gcpo_trl.penalty import Penalised
 from gcpo_trl.picks import Picks
 from gcpo_trl.resume import ExactResume
 
@@ -97,7 +98,7 @@ def test_the_constructor_has_the_same_parameters():
 
 
 def test_what_we_override_exists():
-    parts = (Draws, Picks, GCPOTrainer)
+    parts = (Draws, Picks, Penalised, GCPOTrainer)
     ours = {name for part in parts for name, value in vars(part).items() if inspect.isfunction(value)}
     overridden = {"_generate", "_calculate_rewards", "_generate_and_score_completions", "_compute_loss", "evaluate"}
     overridden |= {"_get_per_token_logps_and_entropies", "__init__", "train", "create_model_card"}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,9 +10,10 @@ import yaml
 from gcpo_trl.analysis.pictures import pareto_front
 from gcpo_trl.analysis.study import Arm, differences, interval, minutes, table
 from gcpo_trl.cli.main import main
-from gcpo_trl.cli.study import launch, result_file, slots_of
-from gcpo_trl.cli.study_plan import BASE, read_study
+from gcpo_trl.cli.study import benchmark_of, launch, mark, outcome, parts_of, result_file, slots_of
+from gcpo_trl.cli.study_plan import BASE, Measure, read_study
 
+STUDIES = sorted((Path(__file__).parents[2] / "recipes/studies").glob("*.yaml"))
 RECIPE = {
     "model_name_or_path": "shapes-janus",
     "output_dir": "outputs/x",
@@ -94,6 +96,8 @@ MISTAKES = [
     ({"evaluate": {"images": 3}}, "unknown key 'images'"),
     ({"evaluate": {"guidance_scales": 1.5}}, r"guidance_scales=1.5 .* write \[1.5\]"),
     ({"arms": None}, "has no 'arms'"),
+    ({"settings": {"max_steps": -1}}, "arm 'GRPO': max_steps is not set"),
+    ({"arms": {"GRPO": {}, "no": {"rollout_guidance_scale": 1.0}}}, "draw with different guidance"),
 ]
 
 
@@ -101,6 +105,18 @@ MISTAKES = [
 def test_mistakes_are_named_before_the_first_run(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_study(write(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_the_studies_that_ship_have_their_place_in_the_readme(file):
+    study = read_study(file)
+    head, rest = parts_of(file.parent / "README.md", study)
+    assert len(study.seeds) >= 3 and study.question and head and mark(study, "end") not in rest
+
+
+def test_an_unknown_measure_is_refused_before_anything_trains():
+    with pytest.raises(ValueError, match="measure 'exactly' is none of shapes: exact, correct, inventory, extra"):
+        benchmark_of(Measure(measure="exactly"))
 
 
 def test_a_study_that_is_not_there(tmp_path, capsys):
@@ -128,7 +144,7 @@ def test_differences_are_taken_seed_by_seed():
 
 def test_the_table():
     arms = [
-        Arm("base model", {0: result("a", 0.4)}),
+        Arm("base model", {0: result("a", 0.4)}, trained=False),
         Arm("GRPO", {0: result("b", 0.5, reward=[0.1, 0.3]), 1: result("c", 0.7, 1, reward=[0.2, 0.4])}),
         Arm("GCPO", {0: result("d", 0.6, reward=[0.5, 0.5]), 1: result("e", 0.8, 1, reward=[0.5, 0.5])}),
         Arm("lost", {}, {0: "exit code 1: ValueError: no"}),
@@ -154,7 +170,8 @@ def test_a_run_that_dies_leaves_its_last_words(tmp_path):
     slots, room = slots_of(2)
     assert slots == 2 and room.qsize() == 2
     run = study.arms["GCPO"][0]
-    line = launch(tmp_path / "gone.yaml", run, tmp_path, room, [])  # the process is told of a study that is not there
-    assert "failed, exit code 2" in line and "there is no study" in line
+    code = launch(tmp_path / "gone.yaml", run, tmp_path, room, [])  # the process is told of a study that is not there
+    line = outcome(run, tmp_path, code)
+    assert code == 2 and "failed, exit code 2" in line and "there is no study" in line
     assert room.qsize() == 2 and not result_file(tmp_path, run).exists()
     assert "there is no study" in json.loads((tmp_path / "runs" / f"{run.key}.failed").read_text())["why"]
