@@ -60,6 +60,13 @@ def save_janus(folder: Path) -> str:
     return str(folder)
 
 
+class Zero3:
+    """A DeepSpeed configuration as transformers asks about it."""
+
+    def is_zero3(self) -> bool:
+        return True
+
+
 def save_llamagen(folder: Path) -> str:
     """A random text-conditional LlamaGen of 81 image tokens, its processor and its T5 under ``folder``."""
     if not folder.exists():

@@ -94,7 +94,7 @@ def study_picture(arms: Sequence[Arm], baseline: str, measure: str, against: str
     right.plot([x for x, _ in front], [y for _, y in front], color="0.6", linewidth=1, zorder=0)
     left.set(title="training reward, mean of the last 10 steps", xlabel="step")
     right.set(title=f"{measure} against {against}, guidance {scale}", xlabel=against, ylabel=measure)
-    figure.legend(*(left if left.lines else right).get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*(right if points else left).get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 

@@ -58,7 +58,7 @@ def test_a_token_costs_no_more_than_the_gate():
     # 24 layers; what is counted does not depend on their width.
     [size] = rollout.QUICK.values()
     counted = rollout.counters(rollout.build_policy(size), size)
-    assert size.layers == 24 and counted["kernels a token"] <= 700
+    assert size.layers == 24 and counted["kernels a token"] <= 650  # 634
     assert counted["kernels a token"] < counted["kernels a token, reference"]
     assert counted["host syncs a token"] == counted["bytes of stored logits"] == 0
     assert counted["host syncs a token, plain loop"] >= 1 and counted["bytes of stored logits, plain loop"] > 0

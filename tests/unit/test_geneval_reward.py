@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import Zero3
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 from transformers import (
@@ -215,13 +216,6 @@ def test_environment_names_the_models(monkeypatch):
     assert (geneval.Models().detector, geneval.Models().clip) == ("here", "there")
     assert _runtime.reward_device(geneval.Models().device) == "cuda:3"
     assert _runtime.reward_device("cpu") == "cpu"
-
-
-class Zero3:
-    """A DeepSpeed configuration as transformers asks about it."""
-
-    def is_zero3(self):
-        return True
 
 
 def test_weights_are_loaded_whole_in_a_zero3_run():

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tiny import GRID, TOKENS
+from tiny import GRID, TOKENS, Zero3
 from torch.testing import assert_close
 from transformers import DynamicCache, T5EncoderModel
+from transformers.integrations import deepspeed
 
 from gcpo_trl.models.llamagen.processing import LlamaGenProcessor, class_tokenizer
-from gcpo_trl.models.llamagen.text import TextEncoder
+from gcpo_trl.models.llamagen.text import TextEncoder, load_t5
 from gcpo_trl.policies import family_of, lora_targets
 from gcpo_trl.policies.llamagen import LlamaGenPolicy, load
 from gcpo_trl.rollout import Sampling, sample
@@ -114,6 +115,34 @@ def test_a_caption_is_encoded_once():
     assert shown.tolist() == [[0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]]
     with pytest.raises(ValueError, match="a caption has 5 tokens; the prefix holds 1 to 4"):
         encoder(torch.ones(1, 5, dtype=torch.long), torch.ones(1, 5, dtype=torch.long))
+
+
+def test_the_text_encoder_is_loaded_whole_in_a_zero3_run(tiny_llamagen, monkeypatch):
+    # It stands beside the policy, where no engine would gather its parts.
+    config, seen, original = Zero3(), [], T5EncoderModel.from_pretrained
+
+    def loaded(*args, **settings):
+        seen.append(deepspeed.is_deepspeed_zero3_enabled())
+        return original(*args, **settings)
+
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", loaded)
+    deepspeed.set_hf_deepspeed_config(config)
+    try:
+        encoder = load_t5(f"{tiny_llamagen}/text_encoder", torch.device("cpu"))
+        assert seen == [False] and deepspeed.is_deepspeed_zero3_enabled()
+        assert encoder.shared.weight.numel() > 0 and not encoder.shared.weight.requires_grad
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+
+
+def test_under_autocast_it_draws_in_the_precision_it_is_scored_in(drawing):
+    # A prefix embedded in bf16 is added up with fp32 codes when it is scored, so both are fp32 there, and here.
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        encoded, rows = drawing.encode([SHORT, LONG]), torch.tensor([0, 1])
+        assert drawing.model.model.condition(drawing.condition(encoded.ids, encoded.mask)[0]).dtype == torch.bfloat16
+        state, _ = drawing.start(encoded, rows, guided=True)
+        assert (state.dtype, state.table.dtype) == (torch.float32, torch.float32)
+        assert state.decoder.step(state.table[torch.zeros(4, dtype=torch.long)]).dtype == torch.float32
 
 
 def test_a_missing_text_encoder_says_where_to_get_it(tiny_llamagen):
