@@ -24,7 +24,8 @@ from ..evaluation.diversity import FEATURES, choose_gauge
 from ..evaluation.diversity import PACKAGE as SPACES
 from ..evaluation.folder import Folder, write_whole
 from ..evaluation.ground_truth import ground_truth_table
-from ..evaluation.runner import Ranks, run, settings_of, write_report
+from ..evaluation.ranks import Ranks
+from ..evaluation.runner import run, settings_of, write_report
 from ..evaluation.scores import MOST_FAILED, footnote, markdown
 from ..plugins import available
 from .console import say

@@ -7,7 +7,7 @@ wrote it), the measures of tokens are left out and the report says so.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import gather_object
 from tqdm import tqdm
@@ -15,9 +15,7 @@ from tqdm import tqdm
 from .benchmark import Benchmark
 from .diversity import MEASURES, Drawn, Gauge, measure, summarize_groups
 from .folder import Folder
-
-if TYPE_CHECKING:
-    from .runner import Ranks
+from .ranks import Ranks
 
 AT_ONCE = 64  # pictures whose features are computed together, about
 

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,12 @@ from .benchmark import Benchmark
 from .diversity import drawn_of
 from .diversity_report import with_diversity
 from .folder import Folder, write_whole
+from .ranks import Ranks
 from .scores import MOST_FAILED, by_prompt, footnote, markdown, summarize
 
 PACKAGES = ("torch", "transformers", "pillow")
 JUDGED_AT_ONCE = 64  # pictures a judge is given
 PROBES = 64  # entries of each parameter that its fingerprint reads
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that share a run, all of which must call the same functions."""
-
-    rank: int = 0
-    world: int = 1
-
-    def share(self, parts: list[Any]) -> list[Any]:
-        """Every world-th part, from this rank on."""
-        return parts[self.rank :: self.world]
 
 
 def settings_of(

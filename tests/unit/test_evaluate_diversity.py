@@ -19,7 +19,7 @@ from gcpo_trl.evaluation.compare import compare, read_reports
 from gcpo_trl.evaluation.diversity import Drawn, Gauge, choose_gauge, diversity, measure, summarize_groups
 from gcpo_trl.evaluation.features import clip, histogram
 from gcpo_trl.evaluation.folder import Folder
-from gcpo_trl.evaluation.runner import Ranks
+from gcpo_trl.evaluation.ranks import Ranks
 from gcpo_trl.policies.janus import load
 from gcpo_trl.rollout import Sampling
 from gcpo_trl.shapes.build import CHECKPOINT
