@@ -21,7 +21,7 @@ from pathlib import Path
 from ..plugins import available
 from .console import say
 from .findings import Finding
-from .launchers import check_deepspeed_on_cpu, check_processes, check_rendezvous
+from .launchers import check_build_locks, check_deepspeed_on_cpu, check_processes, check_rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ def checks(folder: Path, models: list[str]) -> list[tuple[str, Check]]:
         *((f"reward {name}", functools.partial(check_golden, name)) for name in GOLDEN),
         *((f"reward {name}", functools.partial(check_weights, name)) for name in rewards),
         ("DeepSpeed", functools.partial(check_deepspeed_on_cpu, os.environ)),
+        ("compiled ops", functools.partial(check_build_locks, os.environ)),
         ("processes", functools.partial(check_processes, os.environ)),
         ("rendezvous", functools.partial(check_rendezvous, os.environ)),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from .findings import Finding
 
 logger = logging.getLogger(__name__)
+
+LONGEST_BUILD = 1800  # seconds
 
 
 def accelerate_defaults() -> dict[str, Any]:
@@ -54,6 +57,18 @@ def check_deepspeed_on_cpu(env: Mapping[str, str]) -> Finding:
         seen = "asked for together with the CPU, so accelerate leaves it out and runs DDP or one process"
         return Finding("warn", "DeepSpeed", f"{seen}; unset ACCELERATE_USE_CPU, --cpu or use_cpu")
     return Finding("ok", "DeepSpeed", "asked for, not on the CPU" if asked else "not asked for")
+
+
+def check_build_locks(env: Mapping[str, str]) -> Finding:
+    """torch compiles DeepSpeed's operators behind a lock, which a killed run leaves; the next one waits for ever."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(env.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    old = [lock for lock in root.rglob("lock") if time.time() - lock.stat().st_mtime > LONGEST_BUILD]
+    if old:
+        seen = f"{', '.join(map(str, old))} is older than {LONGEST_BUILD // 60} minutes, so what made it is gone"
+        return Finding("warn", "compiled ops", f"{seen}; delete it, or runs with DeepSpeed wait for it and never start")
+    return Finding("ok", "compiled ops", "no lock of a build that was killed")
 
 
 def check_processes(env: Mapping[str, str]) -> Finding:

@@ -2,6 +2,7 @@
 
 import configparser
 import importlib.metadata
+import os
 import re
 from collections import namedtuple
 from pathlib import Path
@@ -217,6 +218,17 @@ def test_deepspeed_on_the_cpu(monkeypatch, env, words, defaults, status):
     monkeypatch.setattr(launchers, "accelerate_defaults", lambda: defaults)
     finding = doctor.check_deepspeed_on_cpu(env)
     assert finding.status == status and ("unset ACCELERATE_USE_CPU" in finding.text) == (status == "warn")
+
+
+def test_a_lock_that_a_killed_build_left(tmp_path):
+    env, lock = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}, tmp_path / "py311_cpu/shm/lock"
+    assert launchers.check_build_locks(env).status == "ok"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert launchers.check_build_locks(env).status == "ok"  # somebody is building
+    os.utime(lock, (0, 0))
+    finding = launchers.check_build_locks(env)
+    assert finding.status == "warn" and str(lock) in finding.text and "delete it" in finding.text
 
 
 @pytest.mark.parametrize(
