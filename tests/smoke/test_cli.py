@@ -189,5 +189,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, words, says):
 
 
 def test_a_checkpoint_of_another_class_is_a_mistake(tiny_text, capsys):
-    said = mistake(capsys, "sample", "--prompt", "a cat", "--model", tiny_text)
+    words = ["sample", "--prompt", "a cat", "--model", tiny_text]
+    assert "holds a text model, which draws no images; families: janus, llamagen" in mistake(capsys, *words)
+    said = mistake(capsys, *words, "--family", "janus")
     assert "holds a 'llama' model; this adapter loads 'janus' checkpoints" in said
