@@ -71,13 +71,15 @@ def study_picture(arms: Sequence[Arm], baseline: str, measure: str, against: str
     Crosses are 95% intervals over seeds; an arm without the diversity measure is left out of the right panel.
     """
     require("matplotlib", "viz")
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     points = {}
+    colors = colormaps["tab10" if len(arms) <= 10 else "tab20"].colors
     for index, arm in enumerate(arms):
-        style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--"}
+        style = {"color": colors[index % len(colors)], "linestyle": "-" if index < len(colors) else "--"}
         style["linewidth"] = 2.5 if arm.name == baseline else 1.2
         curves = [result["history"].get("reward") or [] for result in arm.results.values()]
         length = min(map(len, curves), default=0)
