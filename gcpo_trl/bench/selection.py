@@ -39,7 +39,8 @@ def run(quick: bool, rounds: int) -> list[Report]:
     entropy = torch.rand(size.group, size.side, size.side, generator=generator)
 
     def vectorised() -> Any:
-        similarity = group_similarity_from_ids(ids[None], table).expand(size.group, -1)
+        used, rows = ids.unique(return_inverse=True)  # as the trainer does
+        similarity = group_similarity_from_ids(rows[None], table[used]).expand(size.group, -1)
         valid = torch.ones_like(ids, dtype=torch.bool)
         signals = Signals(entropy.flatten(1), similarity, valid, (size.side, size.side))
         return critical_tokens(signals, STRATEGIES, FRACTION)
