@@ -113,7 +113,12 @@ def critical_picture(trainer: Any, prompts: list[str], sampling: Sampling) -> An
         torch.Generator().manual_seed(0),
     )
     masks = critical_tokens(
-        signals, args.select_strategies, args.select_fraction, args.select_combine, tuple(args.select_window)
+        signals,
+        args.select_strategies,
+        args.select_fraction,
+        args.select_combine,
+        tuple(args.select_window),
+        smoothing=args.select_smoothing,
     )
     masks = {name: mask[::GROUP] for name, mask in masks.items() if name != "critical"}
     return overlay_sheet(policy.decode(rollout.tokens[::GROUP]), masks, policy.grid, prompts)
