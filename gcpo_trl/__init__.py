@@ -8,15 +8,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .config import GCPOConfig
-    from .held_out import HeldOutCallback
+    from .monitoring.held_out import HeldOutCallback
     from .trainer import GCPOTrainer
 
-__version__ = "0.1.0"
 __all__ = ["GCPOConfig", "GCPOTrainer", "HeldOutCallback", "__version__"]
 
-_HOME = {"GCPOConfig": "config", "GCPOTrainer": "trainer", "HeldOutCallback": "held_out"}
+_HOME = {"GCPOConfig": "config", "GCPOTrainer": "trainer", "HeldOutCallback": "monitoring.held_out"}
 
 
 def __getattr__(name: str) -> Any:

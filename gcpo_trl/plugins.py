@@ -7,11 +7,13 @@
 Nothing is registered, and nothing is imported that is not used. Standard library only.
 """
 
+import ast
 import difflib
 import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -35,13 +37,37 @@ def resolve(name: str, package: str, attribute: str) -> Any:
     return _attribute(_module(module_name, name), attribute, name)
 
 
-def available(package: str) -> list[str]:
-    """Names of the modules of a package, sorted, without importing them. A leading _ means: not a plug-in."""
+def available(package: str, attribute: str | None = None) -> list[str]:
+    """Names of the modules of a package, sorted, without importing them. A leading _ means: not a plug-in.
+
+    With ``attribute``, those alone whose source defines or imports that name at its top level.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
         raise ValueError(f"{package!r} is not a package that can be imported")
-    modules = pkgutil.iter_modules(spec.submodule_search_locations)
-    return sorted(module.name for module in modules if not module.name.startswith("_"))
+    modules = [m.name for m in pkgutil.iter_modules(spec.submodule_search_locations) if not m.name.startswith("_")]
+    if attribute is not None:
+        modules = [name for name in modules if attribute in _top_level_names(f"{package}.{name}")]
+    return sorted(modules)
+
+
+def _top_level_names(module_name: str) -> set[str]:
+    """Names that the source of a module binds at its top level; nothing is imported."""
+    spec = importlib.util.find_spec(module_name)
+    if spec is None or spec.origin is None:
+        return set()
+    names: set[str] = set()
+    for node in ast.parse(Path(spec.origin).read_text()).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                names |= {alias.asname or alias.name for alias in aliases}
+            case ast.Assign(targets=targets):
+                names |= {target.id for target in targets if isinstance(target, ast.Name)}
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
+    return names
 
 
 def _module(module_name: str, name: str) -> ModuleType:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._weights import pretrained
+from reward_funcs._weights import pretrained
 
 if TYPE_CHECKING:
     from PIL.Image import Image

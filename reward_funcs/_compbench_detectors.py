@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import _geneval_detector
-from ._compbench_geometry import suppress
-from ._compbench_words import SYNONYMS
-from ._runtime import batches_of_one_size
-from ._weights import found, pretrained
+from reward_funcs import _geneval_detector
+from reward_funcs._compbench_geometry import suppress
+from reward_funcs._compbench_words import SYNONYMS
+from reward_funcs._weights import found, pretrained
+from reward_funcs.runtime import batches_of_one_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image

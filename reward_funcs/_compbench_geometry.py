@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ._compbench_words import PUBLISHED_RELATIONS, RELATIONS
+from reward_funcs._compbench_words import PUBLISHED_RELATIONS, RELATIONS
 
 Box = Sequence[float]
 SHORT_SIDE, LONG_SIDE = 479, 480

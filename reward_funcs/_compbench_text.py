@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ._compbench_words import (
+from reward_funcs._compbench_words import (
     ARTICLES,
     ATTRIBUTES,
     BOUNDARIES,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._runtime import whole_weights
+from reward_funcs.runtime import whole_weights
 
 if TYPE_CHECKING:
     import numpy as np

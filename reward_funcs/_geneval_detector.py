@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._runtime import whole_weights
+from reward_funcs.runtime import whole_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ._geneval_metadata import validate_metadata
+from reward_funcs._geneval_metadata import validate_metadata
 
 Detection = Mapping[str, Any]
 Kept = dict[str, list[Detection]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._weights import check_keys
+from reward_funcs._weights import check_keys
 
 if TYPE_CHECKING:
     from torch import Tensor

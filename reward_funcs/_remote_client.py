@@ -24,8 +24,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from . import _remote_legacy, _remote_wire
-from ._remote_wire import AnswerError, Picture, Result
+from reward_funcs import _remote_legacy, _remote_wire
+from reward_funcs._remote_wire import AnswerError, Picture, Result
 
 if TYPE_CHECKING:
     import httpx2

@@ -19,7 +19,7 @@ import pickle
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ._remote_wire import AnswerError, Picture, Result, as_result
+from reward_funcs._remote_wire import AnswerError, Picture, Result, as_result
 
 SCORE = "/"
 CONTENT_TYPE = "application/octet-stream"

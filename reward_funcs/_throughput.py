@@ -22,9 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _clip, _geneval_color, _geneval_detector, _open_clip, aesthetic, aesthetic_v25, imagereward, ocr, shapes
-from . import hpsv2 as hpsv2_reward
-from ._runtime import reward_device
+from reward_funcs import (
+    _clip,
+    _geneval_color,
+    _geneval_detector,
+    _open_clip,
+    aesthetic,
+    aesthetic_v25,
+    imagereward,
+    ocr,
+    shapes,
+)
+from reward_funcs import hpsv2 as hpsv2_reward
+from reward_funcs.runtime import reward_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._runtime import whole_weights
+from reward_funcs.runtime import whole_weights
 
 if TYPE_CHECKING:
     from torch import Tensor

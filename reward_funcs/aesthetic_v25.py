@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ._clip import normalised, unit_pixels
-from ._linear_head import linear_head
-from ._runtime import reward_device, rewards_of
-from ._weights import WeightFile, found, pretrained, read_tensors
-from .aesthetic import ratings
+from reward_funcs._clip import normalised, unit_pixels
+from reward_funcs._linear_head import linear_head
+from reward_funcs._weights import WeightFile, found, pretrained, read_tensors
+from reward_funcs.aesthetic import ratings
+from reward_funcs.runtime import reward_device, rewards_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

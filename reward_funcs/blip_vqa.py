@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ._compbench_text import read_prompt
-from ._runtime import check_images, prompt_text, reward_device
-from ._weights import found, pretrained
+from reward_funcs._compbench_text import read_prompt
+from reward_funcs._weights import found, pretrained
+from reward_funcs.runtime import check_images, prompt_text, reward_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image

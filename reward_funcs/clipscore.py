@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from . import _clip
-from ._runtime import reward_device, rewards_of
-from ._weights import found
+from reward_funcs import _clip
+from reward_funcs._weights import found
+from reward_funcs.runtime import reward_device, rewards_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

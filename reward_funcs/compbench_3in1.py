@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from . import _clip, blip_vqa, spatial_2d
-from ._compbench_text import read_prompt
-from ._runtime import check_images, prompt_text, reward_device, rewards_of
-from ._weights import found
+from reward_funcs import _clip, blip_vqa, spatial_2d
+from reward_funcs._compbench_text import read_prompt
+from reward_funcs._weights import found
+from reward_funcs.runtime import check_images, prompt_text, reward_device, rewards_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ._geneval_color import COLORS, ColorClassifier, classify_colors, load_color_classifier, object_on_grey
-from ._geneval_detector import CLASSES, Instance, detect, load_detector
-from ._geneval_metadata import RELATIONS, TAGS, validate_metadata
-from ._geneval_rule import (
+from reward_funcs._geneval_color import COLORS, ColorClassifier, classify_colors, load_color_classifier, object_on_grey
+from reward_funcs._geneval_detector import CLASSES, Instance, detect, load_detector
+from reward_funcs._geneval_metadata import RELATIONS, TAGS, validate_metadata
+from reward_funcs._geneval_rule import (
     Rule,
     Verdict,
     judge,
@@ -33,7 +33,7 @@ from ._geneval_rule import (
     rule_from_options,
     threshold_for,
 )
-from ._runtime import batches_of_one_size, check_images, dataset_column, reward_device
+from reward_funcs.runtime import batches_of_one_size, check_images, dataset_column, reward_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _clip, _open_clip
-from ._runtime import reward_device, rewards_of
-from ._weights import WeightFile, found, read_tensors
+from reward_funcs import _clip, _open_clip
+from reward_funcs._weights import WeightFile, found, read_tensors
+from reward_funcs.runtime import reward_device, rewards_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from . import _clip
-from ._linear_head import linear_head
-from ._runtime import reward_device, rewards_of
-from ._weights import WeightFile, check_keys, found, read_tensors
+from reward_funcs import _clip
+from reward_funcs._linear_head import linear_head
+from reward_funcs._weights import WeightFile, check_keys, found, read_tensors
+from reward_funcs.runtime import reward_device, rewards_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._compbench_detectors import BoxDetector
-from ._compbench_geometry import in_frame, without_duplicates
-from ._compbench_text import read_prompt
-from ._runtime import check_images, prompt_text
-from .spatial_2d import Models
+from reward_funcs._compbench_detectors import BoxDetector
+from reward_funcs._compbench_geometry import in_frame, without_duplicates
+from reward_funcs._compbench_text import read_prompt
+from reward_funcs.runtime import check_images, prompt_text
+from reward_funcs.spatial_2d import Models
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._ocr_values import MEASURES
-from ._runtime import check_images, dataset_column, prompt_text
+from reward_funcs._ocr_values import MEASURES
+from reward_funcs.runtime import check_images, dataset_column, prompt_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._lpips import Lpips, load_lpips, lpips_distance
-from ._runtime import batches_of_one_size, check_images, dataset_column, reward_device
+from reward_funcs._lpips import Lpips, load_lpips, lpips_distance
+from reward_funcs.runtime import batches_of_one_size, check_images, dataset_column, reward_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from ._remote_client import Client, RemoteRewardError, Server
-from ._remote_wire import Picture
-from ._runtime import check_images, prompt_text
+from reward_funcs._remote_client import Client, RemoteRewardError, Server
+from reward_funcs._remote_wire import Picture
+from reward_funcs.runtime import check_images, prompt_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .geneval import judge, relative_position
+from reward_funcs.geneval import judge, relative_position
 
 COLOR_VALUES: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.16, 0.16),

@@ -20,10 +20,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ._compbench_detectors import DETECTOR, BoxDetector, load_detector
-from ._compbench_geometry import corrected_place, cut, in_frame, pair_score, published_place
-from ._compbench_text import Relation, read_prompt
-from ._runtime import check_images, prompt_text, reward_device
+from reward_funcs._compbench_detectors import DETECTOR, BoxDetector, load_detector
+from reward_funcs._compbench_geometry import corrected_place, cut, in_frame, pair_score, published_place
+from reward_funcs._compbench_text import Relation, read_prompt
+from reward_funcs.runtime import check_images, prompt_text, reward_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image

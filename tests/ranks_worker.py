@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny import digits, janus_trainer, record
 
 import gcpo_trl.trainer
-from gcpo_trl.cli.devices import launcher_settings
+from gcpo_trl.runs.devices import launcher_settings
 
 torch.set_num_threads(1)
 
@@ -46,7 +46,10 @@ for weights, adapted in (("full", {}), ("lora", {"lora": True})):
 
 
 def fails_on_the_last_rank(prompts, completions, trainer_state, **columns):
-    rank, world = gcpo_trl.trainer.torch.distributed.get_rank(), gcpo_trl.trainer.torch.distributed.get_world_size()
+    rank, world = (
+        gcpo_trl.trainer.gcpo_trainer.torch.distributed.get_rank(),
+        gcpo_trl.trainer.gcpo_trainer.torch.distributed.get_world_size(),
+    )
     if rank == world - 1 and trainer_state.global_step == 1:
         raise RuntimeError("the detector cannot read this image")
     return [0.0] * len(prompts)
@@ -55,7 +58,7 @@ def fails_on_the_last_rank(prompts, completions, trainer_state, **columns):
 def seen_by(trainer):
     """Of every loss: a row's tokens, which of them train, its advantage, and each one's weight or STAGE similarity."""
     rows, weights = [], []
-    weigh, loss = gcpo_trl.trainer.advantage_weight, trainer._compute_loss
+    weigh, loss = gcpo_trl.trainer.gcpo_trainer.advantage_weight, trainer._compute_loss
 
     def weighed(*args, **kwargs):
         weights[:] = [weigh(*args, **kwargs)]
@@ -70,7 +73,7 @@ def seen_by(trainer):
         rows.append([list(row) for row in zip(*(part.tolist() for part in parts), strict=True)])
         return value
 
-    gcpo_trl.trainer.advantage_weight, trainer._compute_loss = weighed, computed
+    gcpo_trl.trainer.gcpo_trainer.advantage_weight, trainer._compute_loss = weighed, computed
     return rows
 
 
@@ -82,7 +85,7 @@ def train(scenario, folder, model):
     settings = {"per_device_train_batch_size": 4 // world(), **GROUP, **changes}
     settings |= launcher_settings(settings)
     trainer = janus_trainer(model, home, reward=reward, peft_config=peft, **settings)
-    gcpo_trl.trainer.advantage_weight = WEIGHT
+    gcpo_trl.trainer.gcpo_trainer.advantage_weight = WEIGHT
     rows, kept = seen_by(trainer), record(trainer)
     trainer.train(resume_from_checkpoint=str(home / f"checkpoint-{step}") if step else None)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # every rank takes part under ZeRO-3
@@ -113,7 +116,7 @@ def world():
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-WEIGHT = gcpo_trl.trainer.advantage_weight
+WEIGHT = gcpo_trl.trainer.gcpo_trainer.advantage_weight
 
 if __name__ == "__main__":
     for name in sys.argv[3:]:

@@ -257,7 +257,7 @@ def disturb(model, share=0.05, seed=0):
 @pytest.fixture(scope="session")
 def libraries_frozen():
     """Every run ends in a garbage collection, half a second over all that the libraries hold; none of it is garbage."""
-    importlib.import_module("gcpo_trl.trainer")
+    importlib.import_module("gcpo_trl.trainer.gcpo_trainer")
     gc.collect()
     gc.freeze()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..policies.image_head import Scored, score_tokens
+from ..policies.decoding.image_head import Scored, score_tokens
 from ..trl_compat import fused_log_probs
 from .measure import Report, interleave, peak_bytes
 

@@ -16,10 +16,10 @@ from ..evaluation.shapes import evaluate
 from ..objective.selection import critical_tokens
 from ..objective.signals import Signals, group_similarity_from_ids
 from ..rollout import Sampling, sample
+from ..runs.build import build_trainer
+from ..runs.recipe import parse
 from ..shapes.grammar import TASKS, split_specs
 from .console import say
-from .recipe import parse
-from .train import build_trainer
 
 CURVES = {"reward": "training reward", "gcpo/entropy/all": "token entropy (nats)", "kl": "KL to the base model"}
 SHOWN_A_TASK = 1

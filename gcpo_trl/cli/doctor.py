@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..plugins import available
+from ..runs.findings import Finding
+from ..runs.launchers import check_build_locks, check_deepspeed_on_cpu, check_processes, check_rendezvous
 from .console import say
-from .findings import Finding
-from .launchers import check_build_locks, check_deepspeed_on_cpu, check_processes, check_rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     parser.add_argument("--prompt-tokens", type=int, default=None, help="length of the longest prompt of a batch")
     options, overrides = parser.parse_known_args(arguments)
     if options.memory:
-        from .memory_table import PROMPT_TOKENS, memory_table
+        from ..memory.table import PROMPT_TOKENS, memory_table
 
         prompt = PROMPT_TOKENS if options.prompt_tokens is None else options.prompt_tokens
         text = memory_table(options.memory, overrides, options.gpus, options.zero, prompt)
@@ -98,7 +98,7 @@ def examine(subject: str, check: Check) -> Finding:
 
 def checks(folder: Path, models: list[str]) -> list[tuple[str, Check]]:
     """Every check with its subject, in the order of the report."""
-    rewards = [name for name in available(REWARDS) if name not in GOLDEN]
+    rewards = [name for name in available(REWARDS, "reward") if name not in GOLDEN]
     return [
         ("python", check_python),
         *((name, functools.partial(check_package, name)) for name in PACKAGES),
@@ -219,9 +219,9 @@ def check_shapes_model() -> Finding:
     """The checkpoint in the package opens and every parameter is finite."""
     import torch
 
-    from ..checks import first_non_finite
     from ..policies import load
     from ..shapes.build import CHECKPOINT
+    from ..trainer.checks import first_non_finite
 
     policy = load(str(CHECKPOINT), "janus", dtype=torch.float32)
     count = sum(parameter.numel() for parameter in policy.model.parameters())

@@ -28,8 +28,8 @@ from ..evaluation.ranks import Ranks
 from ..evaluation.runner import run, settings_of, write_report
 from ..evaluation.scores import MOST_FAILED, footnote, markdown
 from ..plugins import available
+from ..runs.devices import processes
 from .console import say
-from .devices import processes
 from .sample import add_model_arguments, load_policy, sampling_of
 
 DEFAULT = "shapes"

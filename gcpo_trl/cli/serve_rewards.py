@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..extras import require
-from ..rewards import load_reward
+from ..rewards.loading import load_reward
 from .console import say
 
 TOKEN_VARIABLE = "REMOTE_REWARD_TOKEN"  # the client's, so that one setting serves both
@@ -36,7 +36,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     require("uvicorn", "serve")
     import uvicorn
 
-    from ..serving import Limits, build_app, default_goldens, golden_score, read_golden
+    from ..rewards.server import Limits, build_app, default_goldens, golden_score, read_golden
 
     pictures = default_goldens() if options.golden is None else [read_golden(options.golden)]
     rewards = {}

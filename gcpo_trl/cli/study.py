@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 
-from ..analysis.pictures import study_picture
-from ..analysis.study import Arm, minutes, table
 from ..evaluation.benchmark import Benchmark, ask_once, choose
 from ..evaluation.diversity import choose_gauge
 from ..evaluation.folder import Folder, write_whole
@@ -31,10 +29,12 @@ from ..evaluation.runner import run as draw_and_judge
 from ..evaluation.runner import settings_of
 from ..extras import require
 from ..rollout import Sampling
+from ..runs.build import build_trainer
+from ..runs.recipe import parsed
+from ..studies.figure import study_picture
+from ..studies.plan import BASE, Measure, Run, Study, read_study
+from ..studies.statistics import Arm, minutes, table
 from .console import say
-from .recipe import parsed
-from .study_plan import BASE, Measure, Run, Study, read_study
-from .train import build_trainer
 
 CURVES = (
     *("reward", "kl", "gcpo/divergence/k3", "gcpo/entropy/all", "gcpo/diversity/disagreement", "gcpo/weight/mean"),

@@ -21,10 +21,10 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from ..checks import check_count
 from ..plugins import resolve
 from ..prompts import load
-from ..rewards import load_rewards
+from ..rewards.loading import load_rewards
+from ..validation import check_count
 
 PACKAGE = "gcpo_trl.evaluation.benchmarks"
 TASK_COLUMNS = ("task", "style", "category", "tag")  # of a file of prompts, in this order, in any case

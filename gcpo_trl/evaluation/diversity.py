@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from reward_funcs import _lpips
-from reward_funcs._runtime import reward_device
 from reward_funcs.reconstruction import Loss, pixels
+from reward_funcs.runtime import reward_device
 
 from ..objective.diversity import feature_distance, token_disagreement, vendi_score
 from ..plugins import resolve

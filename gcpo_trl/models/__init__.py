@@ -2,13 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
-from .llamagen import (
-    LlamaGenConfig,
-    LlamaGenForImageGeneration,
-    LlamaGenProcessor,
-    LlamaGenVQConfig,
-    LlamaGenVQModel,
-)
+from .llamagen import LlamaGenConfig, LlamaGenForImageGeneration, LlamaGenProcessor, LlamaGenVQConfig, LlamaGenVQModel
 
 AutoConfig.register("llamagen", LlamaGenConfig)
 AutoConfig.register("llamagen_vq", LlamaGenVQConfig)

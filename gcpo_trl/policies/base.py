@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .image_head import Scored
+from .decoding.image_head import Scored
 
 
 @dataclass(frozen=True)

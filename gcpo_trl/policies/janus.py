@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, JanusForConditionalGeneration
 
 from .base import NextLogits, PromptBatch
-from .decode_state import DecodeState, Generator, begin
-from .image_head import ALL, DECODE_BATCH, ImageScores, Scored, score_tokens, to_pictures
-from .llama_decoder import positions
+from .decoding.image_head import ALL, DECODE_BATCH, ImageScores, Scored, score_tokens, to_pictures
+from .decoding.llama_decoder import positions
+from .decoding.state import DecodeState, Generator, begin
 
 # Linear layers of each part, as a pattern of their names. "q_proj" alone would also hit the vision tower.
 LORA_LAYERS = {

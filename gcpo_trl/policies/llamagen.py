@@ -19,8 +19,8 @@ from ..models import LlamaGenForImageGeneration
 from ..models.llamagen.configuration import CLASS
 from ..models.llamagen.text import TextEncoder, resolve
 from .base import NextLogits, PromptBatch
-from .decode_state import DecodeState, Generator, begin
-from .image_head import ALL, DECODE_BATCH, ImageScores, score_tokens, to_pictures
+from .decoding.image_head import ALL, DECODE_BATCH, ImageScores, score_tokens, to_pictures
+from .decoding.state import DecodeState, Generator, begin
 
 LORA_LAYERS = {
     "language_model": r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",

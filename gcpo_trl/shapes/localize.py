@@ -18,16 +18,7 @@ from tqdm import tqdm
 from transformers import JanusVQVAE
 
 from .renderer import SLOTS
-from .train_tokenizer import (
-    COMMITMENT,
-    L1_WEIGHT,
-    descend,
-    freeze,
-    latents,
-    quantize,
-    reconstruction_errors,
-    to_pixels,
-)
+from .train_tokenizer import COMMITMENT, L1_WEIGHT, descend, freeze, latents, quantize, reconstruction_errors, to_pixels
 
 CONSISTENCY = 1.0  # weight of the pull of whole-picture latents towards those of their slots
 

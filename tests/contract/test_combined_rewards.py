@@ -9,7 +9,7 @@ from loopback import serving
 from tiny import janus_trainer, record
 from torch.testing import assert_close
 
-from gcpo_trl.rewards import load_rewards, without_partly_scored
+from gcpo_trl.rewards.loading import load_rewards, without_partly_scored
 from reward_funcs.remote import Remote
 
 # One group of four. The flaky reward failed on the second image.
@@ -135,7 +135,7 @@ def test_remote_and_local_rewards_run_side_by_side(tiny_janus, tmp_path):
     pytest.importorskip("httpx2")
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
-    from gcpo_trl.serving import build_app
+    from gcpo_trl.rewards.server import build_app
 
     begun, seen = [threading.Event() for _ in range(4)], {}
     a, b, c, local = (

@@ -154,9 +154,11 @@ def test_entropy_is_computed_only_where_a_strategy_reads_it(tiny_text, tmp_path,
 
 
 def test_similarity_is_computed_only_where_a_strategy_reads_it(tiny_text, tmp_path, monkeypatch):
-    counted, similarity = [], gcpo_trl.picks.group_similarity_from_ids
+    counted, similarity = [], gcpo_trl.trainer.critical_tokens.group_similarity_from_ids
     monkeypatch.setattr(
-        gcpo_trl.picks, "group_similarity_from_ids", lambda *args: counted.append(1) or similarity(*args)
+        gcpo_trl.trainer.critical_tokens,
+        "group_similarity_from_ids",
+        lambda *args: counted.append(1) or similarity(*args),
     )
     for strategy, times in (("top_entropy", 0), ("similarity", 1)):
         counted.clear()

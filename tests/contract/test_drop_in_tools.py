@@ -118,9 +118,11 @@ def test_the_answer_of_a_tool_is_never_critical_and_never_weighed(tiny_chat, tmp
         called.append((a, b))
         return a * b
 
-    weight = gcpo_trl.trainer.advantage_weight
+    weight = gcpo_trl.trainer.gcpo_trainer.advantage_weight
     monkeypatch.setattr(
-        gcpo_trl.trainer, "advantage_weight", lambda *args, **kw: weighed.append(args[2]) or weight(*args, **kw)
+        gcpo_trl.trainer.gcpo_trainer,
+        "advantage_weight",
+        lambda *args, **kw: weighed.append(args[2]) or weight(*args, **kw),
     )
     args = EVERY_TOKEN_DRAWN | {"per_device_train_batch_size": 2, "max_completion_length": 256}
     trainer = text_trainer(tiny_chat, tmp_path, dataset=conversations(), tools=[multiply], args=args)

@@ -11,21 +11,16 @@ import gcpo_trl
 
 ROOT = Path(__file__).parents[2]
 ORDER = (
-    "cli > evaluation, analysis, bench, serving"
-    " > trainer, config, checks, modules, resume, rewards, selected, timing, trl_compat"
-    ", ahead, draws, picks, penalty"
-    ", image_log, held_out, model_card"
-    " > rollout, shapes > policies > models > objective, prompts, plugins, extras, drawing"
+    "cli > bench > studies, memory > analysis, evaluation, runs > trainer > monitoring > rewards > config"
+    " > rollout, shapes > policies > models, prompts > objective > plugins, extras, validation, version, trl_compat"
 )
 LEVELS = [level.split(", ") for level in reversed(ORDER.split(" > "))]
-HEIGHT = {room: height for height, level in enumerate(LEVELS) for room in level}
-# Files of one room: the only equals that may import each other.
-AROUND_THE_TRAINER = set(LEVELS[4])
+HEIGHT = {folder: height for height, level in enumerate(LEVELS) for folder in level}
 MAY_IMPORT = {
-    "trl": {"trainer", "config", "trl_compat", "cli"},
+    "trl": {"trainer", "config", "trl_compat", "runs", "memory"},
     "transformers": {
         *("models", "policies", "shapes"),
-        *("checks", "trainer", "config", "resume", "trl_compat", "held_out", "evaluation", "cli"),
+        *("trainer", "config", "trl_compat", "monitoring", "evaluation", "runs", "memory", "cli"),
     },
 }
 OBJECTIVE_LIBRARIES = {"torch", "einops", "jaxtyping"} | sys.stdlib_module_names
@@ -45,12 +40,12 @@ def imports(source: str, package: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name
 
 
-def room_of(path: str) -> str | None:
-    """The room of a file or of a dotted name under gcpo_trl; None for the root's __init__ and its dunder names."""
+def folder_of(path: str) -> str | None:
+    """The folder of a file or of a dotted name under gcpo_trl; None for the root's __init__ and its dunder names."""
     name = path.removesuffix(".py").replace("/", ".").removeprefix("gcpo_trl.").partition(".")[0]
     if name == "__main__":
         return "cli"
-    return None if name.startswith("__") else gcpo_trl._HOME.get(name, name)
+    return None if name.startswith("__") else gcpo_trl._HOME.get(name, name).partition(".")[0]
 
 
 def wrong_imports(path: str, source: str) -> list[str]:
@@ -65,35 +60,37 @@ def _reason(path: str, name: str) -> str | None:
     library = name.partition(".")[0]
     if path.startswith("reward_funcs/"):
         return "reward_funcs stands alone" if library == "gcpo_trl" else None
-    room = room_of(path)
-    if room is None:
+    folder = folder_of(path)
+    if folder is None:
         return None  # the root's __init__ names what it exports, and test_import_is_light holds it to that
     if library == "gcpo_trl":
-        return _reason_inside(room, room_of(name))
-    if library in MAY_IMPORT and room not in MAY_IMPORT[library]:
+        return _reason_inside(folder, folder_of(name))
+    if library in MAY_IMPORT and folder not in MAY_IMPORT[library]:
         return f"only {', '.join(sorted(MAY_IMPORT[library]))} may import {library}"
-    if room == "objective" and library not in OBJECTIVE_LIBRARIES:
+    if folder == "objective" and library not in OBJECTIVE_LIBRARIES:
         return "objective imports torch, einops, jaxtyping and the standard library"
     return None
 
 
-def _reason_inside(room: str, target: str | None) -> str | None:
-    if target is None or target == room or {room, target} <= AROUND_THE_TRAINER:
+def _reason_inside(folder: str, target: str | None) -> str | None:
+    if target is None or target == folder:
         return None
-    if unplaced := {room, target} - set(HEIGHT):
+    if unplaced := {folder, target} - set(HEIGHT):
         return f"{', '.join(unplaced)} is in no level of the order"
-    if room == "objective":
+    if folder == "objective":
         return "objective imports nothing of ours"
-    return None if HEIGHT[target] < HEIGHT[room] else f"{target} is not below {room}"
+    return None if HEIGHT[target] < HEIGHT[folder] else f"{target} is not below {folder}"
 
 
 def files() -> list[Path]:
     return sorted(path for package in ("gcpo_trl", "reward_funcs") for path in (ROOT / package).rglob("*.py"))
 
 
-def test_every_room_has_a_place_in_the_order():
-    rooms = {room_of(path.relative_to(ROOT).as_posix()) for path in files() if path.is_relative_to(ROOT / "gcpo_trl")}
-    unplaced = {room for room in rooms if room is not None} - set(HEIGHT)
+def test_every_folder_has_a_place_in_the_order():
+    folders = {
+        folder_of(path.relative_to(ROOT).as_posix()) for path in files() if path.is_relative_to(ROOT / "gcpo_trl")
+    }
+    unplaced = {folder for folder in folders if folder is not None} - set(HEIGHT)
     assert not unplaced, f"{sorted(unplaced)} have no level: name them in ORDER here and in ARCHITECTURE"
 
 
@@ -107,8 +104,11 @@ def test_imports_go_down_only():
     [
         ("gcpo_trl/objective/loss.py", "from gcpo_trl.rollout import Rollout"),  # up
         ("gcpo_trl/objective/loss.py", "from ..rollout import Rollout"),  # up, relative
-        ("gcpo_trl/objective/selection/random.py", "from ...rollout.engine import Rollout"),  # up, two rooms deep
-        ("gcpo_trl/objective/loss.py", "def f():\n    import gcpo_trl.trainer"),  # up, hidden in a function
+        ("gcpo_trl/objective/selection/random.py", "from ...rollout.engine import Rollout"),  # up, two folders deep
+        (
+            "gcpo_trl/objective/loss.py",
+            "def f():\n    import gcpo_trl.trainer.gcpo_trainer",
+        ),  # up, hidden in a function
         ("gcpo_trl/objective/loss.py", "from gcpo_trl import plugins"),  # sideways; and nothing of ours at all
         ("gcpo_trl/objective/loss.py", "import numpy"),  # a library too many
         ("gcpo_trl/shapes/build.py", "from ..rollout import sample"),  # sideways
@@ -117,7 +117,7 @@ def test_imports_go_down_only():
         ("gcpo_trl/rollout/engine.py", "import importlib\nimportlib.import_module('gcpo_trl.cli')"),  # up, by name
         ("gcpo_trl/rollout/engine.py", "from transformers import StaticCache"),
         ("gcpo_trl/policies/janus.py", "import trl.trainer"),
-        ("gcpo_trl/analysis/maps.py", "from gcpo_trl import cellar"),  # no such room
+        ("gcpo_trl/analysis/maps.py", "from gcpo_trl import cellar"),  # no such folder
         ("reward_funcs/geneval.py", "from gcpo_trl.plugins import resolve"),
     ],
 )

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 from transformers import BitsAndBytesConfig, JanusForConditionalGeneration
 
 from gcpo_trl import GCPOTrainer
-from gcpo_trl.modules import SKIPPED, default_quantization, train_report
 from gcpo_trl.policies.janus import JanusPolicy
 from gcpo_trl.rollout import Sampling, sample
+from gcpo_trl.trainer.trainable_modules import SKIPPED, default_quantization, train_report
 
 
 def test_lora_trains_against_its_base(tiny_janus, tmp_path):

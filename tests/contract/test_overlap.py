@@ -14,10 +14,10 @@ from tiny import PROMPTS, TOKENS, janus_trainer, record, shape_prompts
 from torch.testing import assert_close
 from trl.trainer.utils import start_event_loop_in_daemon
 
-from gcpo_trl import ahead as overlap
-from gcpo_trl.ahead import Ahead, decoded, runs_ahead
-from gcpo_trl.rewards import load_rewards
+from gcpo_trl.rewards.loading import load_rewards
 from gcpo_trl.rollout import Sampling, chunks, engine
+from gcpo_trl.trainer import overlap
+from gcpo_trl.trainer.overlap import Ahead, decoded, runs_ahead
 
 PATIENCE = 20  # seconds after which a wait for what never happens ends
 EIGHT = {"per_device_train_batch_size": 8, "num_generations": 4}  # two groups
@@ -203,8 +203,10 @@ def test_where_a_gpu_draws_a_local_reward_begins_early_too(tiny_janus, tmp_path,
         return [0.5] * len(prompts)
 
     load = load_rewards
-    monkeypatch.setattr("gcpo_trl.trainer.load_rewards", lambda *given, beside: load(*given, beside=True))
-    monkeypatch.setattr("gcpo_trl.draws.runs_ahead", lambda reward, _: runs_ahead(reward, torch.device("cuda")))
+    monkeypatch.setattr("gcpo_trl.trainer.gcpo_trainer.load_rewards", lambda *given, beside: load(*given, beside=True))
+    monkeypatch.setattr(
+        "gcpo_trl.trainer.rollouts.runs_ahead", lambda reward, _: runs_ahead(reward, torch.device("cuda"))
+    )
     trainer = janus_trainer(tiny_janus, tmp_path, reward=early, rollout_batch_size=4, **EIGHT)
     chunk(lambda count: seen.append(count == 0 or begun.wait(PATIENCE)))
     trainer.train()

@@ -7,12 +7,12 @@ from tiny import disturb, janus_trainer, record, text_prompts, text_trainer
 from torch.testing import assert_close
 from trl import GRPOTrainer
 
-import gcpo_trl.penalty
+import gcpo_trl.trainer.divergence_term
 from gcpo_trl import GCPOTrainer
 from gcpo_trl.objective.loss import LossInputs, gcpo_loss
 from gcpo_trl.objective.stage import opposing_similarity, stage_advantage_weight, stage_divergence_weight
 from gcpo_trl.objective.weighting import advantage_weight
-from gcpo_trl.picks import OPPOSING
+from gcpo_trl.trainer.critical_tokens import OPPOSING
 
 LOSS_TYPES = ["grpo", "sapo", "bnpo", "dr_grpo", "cispo", "dapo", "vespo", "luspo"]
 PLAIN_KL = {"use_bias_correction_kl": False}
@@ -76,7 +76,9 @@ def test_a_loss_type_that_has_no_known_normaliser_is_refused(tiny_text, tmp_path
     trainer = text_trainer(tiny_text, tmp_path, args={"divergence": "reverse_kl", "beta": 0.1})
     trainer.loss_type, trainer.current_gradient_accumulation_steps = "new", 1
     with pytest.raises(ValueError, match="loss_type='new' has no known normaliser; set divergence back to 'k3'"):
-        gcpo_trl.penalty.trl_compat.aggregate(trainer, torch.ones(1, 2), torch.ones(1, 2).bool(), torch.tensor(2))
+        gcpo_trl.trainer.divergence_term.trl_compat.aggregate(
+            trainer, torch.ones(1, 2), torch.ones(1, 2).bool(), torch.tensor(2)
+        )
 
 
 class Before(GCPOTrainer):
@@ -98,7 +100,9 @@ def test_by_default_training_is_the_same_to_the_bit(tiny_janus, tmp_path, monkey
         return kept, dict(trainer.model.named_parameters()), trainer.state.log_history
 
     before, weights, log = run(Before)
-    monkeypatch.setattr("gcpo_trl.penalty.divergence", lambda *_, **__: pytest.fail("a divergence of our own"))
+    monkeypatch.setattr(
+        "gcpo_trl.trainer.divergence_term.divergence", lambda *_, **__: pytest.fail("a divergence of our own")
+    )
     now, found, our_log = run(GCPOTrainer)
     assert now.losses == before.losses and len({*now.losses}) == 5
     assert all(torch.equal(found[name], weights[name]) for name in weights)

@@ -10,7 +10,14 @@ from safetensors.torch import load_file
 from tiny import janus_trainer, record, settings
 from torch.testing import assert_close
 
-from gcpo_trl.resume import ExactResume, check_reference, is_whole, last_whole_checkpoint, load_buffer, save_buffer
+from gcpo_trl.trainer.resume import (
+    ExactResume,
+    check_reference,
+    is_whole,
+    last_whole_checkpoint,
+    load_buffer,
+    save_buffer,
+)
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
 # 8 images a generation in 2 slices, each used twice: steps 1 to 4 share one generation.
@@ -197,6 +204,6 @@ def test_processes_that_would_go_on_from_different_steps_are_stopped(tmp_path, m
     run = Run(args=SimpleNamespace(output_dir=tmp_path), accelerator=SimpleNamespace(num_processes=2))
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
-    monkeypatch.setattr("gcpo_trl.resume.gather_object", lambda mine: [*mine, "the start"])
+    monkeypatch.setattr("gcpo_trl.trainer.resume.gather_object", lambda mine: [*mine, "the start"])
     with pytest.raises(ValueError, match=r"go on from \['.*checkpoint-3', 'the start'\]; use a disk that all machines"):
         run.train(resume_from_checkpoint=True)

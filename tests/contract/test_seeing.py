@@ -16,7 +16,7 @@ from tiny import PROMPTS, digits, janus_trainer, record, redness, settings, shap
 from torch.testing import assert_close
 
 from gcpo_trl import GCPOTrainer, HeldOutCallback
-from gcpo_trl.held_out import sharpness
+from gcpo_trl.monitoring.held_out import sharpness
 from gcpo_trl.rollout import Sampling, sample
 
 # Two groups of two, a line each: two cells of 294 x 172 in a line, 6 apart, and a legend of three strategies.

@@ -10,9 +10,9 @@ from tiny import disturb, janus_trainer, load_janus, record, settings, text_prom
 from torch.testing import assert_close
 
 from gcpo_trl import GCPOTrainer
-from gcpo_trl.cli.train import Trace
-from gcpo_trl.policies.image_head import Scored
-from gcpo_trl.selected import LOGPS
+from gcpo_trl.policies.decoding.image_head import Scored
+from gcpo_trl.runs.build import Trace
+from gcpo_trl.trainer.selected_logps import LOGPS
 
 
 def trained(path, folder, **changes):
@@ -63,7 +63,7 @@ def first_updates(path, folder, monkeypatch=None, **changes):
             policy.scored = Scored()
             yield lambda logps: logps
 
-        monkeypatch.setattr("gcpo_trl.trainer.selected_only", everywhere)
+        monkeypatch.setattr("gcpo_trl.trainer.gcpo_trainer.selected_only", everywhere)
     head = trainer.model.model.generation_head
     head.register_forward_hook(lambda module, args, out: rows.append(len(out)) if torch.is_grad_enabled() else None)
     kept = record(trainer)

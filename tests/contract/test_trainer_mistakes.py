@@ -122,7 +122,7 @@ def test_a_reward_that_answers_nonsense_stops_the_first_step(tiny_janus, tmp_pat
 
 def test_without_settings_the_run_is_named_after_the_model(tiny_janus, tmp_path, monkeypatch):
     # The defaults ask for bf16, which a CPU has not; where they come from is what matters here.
-    monkeypatch.setattr("gcpo_trl.trainer.GCPOConfig", lambda name: settings(tmp_path / name))
+    monkeypatch.setattr("gcpo_trl.trainer.gcpo_trainer.GCPOConfig", lambda name: settings(tmp_path / name))
     trainer = GCPOTrainer(tiny_janus, digits, train_dataset=shape_prompts())
     assert trainer.args.output_dir == str(tmp_path / "tiny-janus-GCPO")
 

@@ -24,9 +24,9 @@ from torch.testing import assert_close
 from transformers import AutoProcessor, JanusForConditionalGeneration, TrainerCallback
 
 from gcpo_trl import GCPOTrainer
-from gcpo_trl.cli.recipe import parse
-from gcpo_trl.cli.train import build_trainer
 from gcpo_trl.rollout import Sampling, chunks, sample
+from gcpo_trl.runs.build import build_trainer
+from gcpo_trl.runs.recipe import parse
 from gcpo_trl.shapes.build import build_processor
 
 
@@ -122,7 +122,7 @@ def test_rewards_see_pictures_prompts_and_columns(tiny_janus, tmp_path):
 @pytest.mark.parametrize("start", ["trainer", "recipe"])
 def test_rewards_are_placed_before_one_loads(tiny_janus, tmp_path, monkeypatch, start):
     monkeypatch.setenv("GCPO_REWARD_DEVICE", "cuda:7")  # which the setting overrules
-    lines = ["from reward_funcs._runtime import reward_device", "DEVICE = reward_device('auto')", "reward = len"]
+    lines = ["from reward_funcs.runtime import reward_device", "DEVICE = reward_device('auto')", "reward = len"]
     (tmp_path / f"of_{start}.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(tmp_path)
     if start == "trainer":
@@ -153,7 +153,7 @@ def test_training_images_do_not_depend_on_evaluation(tiny_janus, tmp_path, monke
         drawn.append([(seed, index) for index in indices])
         return chunks(policy, prompts, seed, indices, sampling)
 
-    monkeypatch.setattr("gcpo_trl.draws.chunks", draw_and_tell)
+    monkeypatch.setattr("gcpo_trl.trainer.rollouts.chunks", draw_and_tell)
     alone = record(first := janus_trainer(tiny_janus, tmp_path / "a", max_steps=2))
     first.train()
     between = {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2}

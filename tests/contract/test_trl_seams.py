@@ -18,10 +18,10 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head
 
 from gcpo_trl import GCPOTrainer, trl_compat
-from gcpo_trl.draws import Draws
-from gcpo_trl.penalty import Penalised
-from gcpo_trl.picks import Picks
-from gcpo_trl.resume import ExactResume
+from gcpo_trl.trainer.critical_tokens import Picks
+from gcpo_trl.trainer.divergence_term import Penalised
+from gcpo_trl.trainer.resume import ExactResume
+from gcpo_trl.trainer.rollouts import Draws
 
 LOOK = "TRL moved; compare gcpo_trl/trl_compat.py and gcpo_trl/trainer.py with trl/trainer/grpo_trainer.py of TRL"
 

@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import AutoConfig, CLIPConfig, LlamaConfig
 from trl import GRPOConfig
 
-from gcpo_trl.checks import check_dataset, check_image_settings, check_text_only, first_non_finite, load_config
 from gcpo_trl.config import GCPOConfig
+from gcpo_trl.trainer.checks import check_dataset, check_image_settings, check_text_only, first_non_finite, load_config
 
 
 def config(**settings):
@@ -37,7 +37,7 @@ def test_the_defaults_are_the_released_settings():
 
 def test_a_machine_without_bf16_trains_in_fp32(monkeypatch):
     # TRL asks for bf16 unless told otherwise, and transformers refuses it here.
-    monkeypatch.setattr("gcpo_trl.config.is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("gcpo_trl.config.gcpo.is_torch_bf16_gpu_available", lambda: False)
     assert GCPOConfig(output_dir="unused", report_to=[]).bf16 is False
     assert GCPOConfig(output_dir="unused", report_to=[], use_cpu=True).bf16 is True  # TRL's, on a CPU on purpose
 
@@ -244,7 +244,7 @@ def test_the_first_broken_parameter_is_named():
 
 def test_a_configuration_is_read_from_where_the_weights_will_be(tmp_path, monkeypatch):
     seen = {}
-    read = "gcpo_trl.checks.AutoConfig.from_pretrained"
+    read = "gcpo_trl.trainer.checks.AutoConfig.from_pretrained"
     monkeypatch.setattr(read, lambda model, **where: seen.update(where) or CLIPConfig())
     load_config("some/model", config(model_init_kwargs={"revision": "v2", "dtype": "float32"}, trust_remote_code=True))
     assert seen == {"revision": "v2", "trust_remote_code": True}

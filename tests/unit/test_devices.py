@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gcpo_trl.checks import check_engine, engine_report
-from gcpo_trl.cli.devices import accumulation_for, launcher_settings
-from gcpo_trl.cli.recipe import parse
+from gcpo_trl.runs.devices import accumulation_for, launcher_settings
+from gcpo_trl.runs.recipe import parse
+from gcpo_trl.trainer.checks import check_engine, engine_report
 
 CPU = ["--output_dir", "a", "--use_cpu", "true"]
 

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gcpo_trl.cli import doctor, launchers
+from gcpo_trl.cli import doctor
 from gcpo_trl.cli.doctor import GIB, PACKAGES, Finding, check_package, examine
 from gcpo_trl.cli.main import main
+from gcpo_trl.runs import launchers
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ["/usr/bin/python", "/usr/bin/accelerate", "launch"]

@@ -21,7 +21,8 @@ from transformers.integrations import deepspeed
 
 from reward_funcs import _geneval_color as color
 from reward_funcs import _geneval_detector as detector
-from reward_funcs import _runtime, geneval
+from reward_funcs import geneval
+from reward_funcs import runtime as _runtime
 
 
 def clip_tokenizer():

@@ -12,7 +12,16 @@ from PIL import Image
 from torch.testing import assert_close
 
 from gcpo_trl import HeldOutCallback
-from gcpo_trl.held_out import Change, Measured, prompt_rows, randomness_kept, reduce, reward_hacking, sharpness, split
+from gcpo_trl.monitoring.held_out import (
+    Change,
+    Measured,
+    prompt_rows,
+    randomness_kept,
+    reduce,
+    reward_hacking,
+    sharpness,
+    split,
+)
 
 RISING = [0.1, 0.2, 0.3, 0.6, 0.7, 0.8]
 

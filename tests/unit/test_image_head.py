@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from gcpo_trl.policies.image_head import Scored, score_tokens
+from gcpo_trl.policies.decoding.image_head import Scored, score_tokens
 
 BATCH, SEQ, DIM, VOCAB = 3, 5, 4, 7
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from gcpo_trl import image_log
-from gcpo_trl.drawing import enlarge, shrink
-from gcpo_trl.image_log import (
+from gcpo_trl.monitoring import image_grids as image_log
+from gcpo_trl.monitoring.image_grids import (
     ImageLog,
     Shown,
     due,
@@ -24,6 +23,7 @@ from gcpo_trl.image_log import (
     sheet,
     shown_count,
 )
+from gcpo_trl.monitoring.overlays import enlarge, shrink
 
 RED = (255, 0, 0)
 

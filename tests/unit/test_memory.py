@@ -8,14 +8,14 @@ from peft import LoraConfig
 from tiny import HIDDEN, LAYERS, PROMPTS, TOKENS, janus_trainer, load_janus
 from transformers import TrainerCallback
 
-from gcpo_trl.analysis import memory
-from gcpo_trl.analysis.memory import GIB, LOGIT_SAVED, Layer, Row, Run, estimate, kept_by_a_layer, table, total
-from gcpo_trl.cli.memory_table import LANGUAGE, config_of, memory_table, meta_model, published_config
-from gcpo_trl.cli.recipe import parse
-from gcpo_trl.modules import freeze_all_but
+from gcpo_trl.memory import estimate as memory
+from gcpo_trl.memory.estimate import GIB, LOGIT_SAVED, Layer, Row, Run, estimate, kept_by_a_layer, table, total
+from gcpo_trl.memory.table import LANGUAGE, config_of, memory_table, meta_model, published_config
+from gcpo_trl.policies.decoding.llama_decoder import LlamaDecoder
 from gcpo_trl.policies.janus import JanusPolicy, teacher_forced
-from gcpo_trl.policies.llama_decoder import LlamaDecoder
+from gcpo_trl.runs.recipe import parse
 from gcpo_trl.shapes.build import CHECKPOINT
+from gcpo_trl.trainer.trainable_modules import freeze_all_but
 
 LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_target_modules", ".*language_model.*_proj"]
 RECIPES = [f"recipes/janus{size}_{reward}.yaml" for size in ("1b", "7b") for reward in ("geneval", "hpsv2")]

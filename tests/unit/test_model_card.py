@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from gcpo_trl.model_card import SETTINGS, measures, usage, write_card
+from gcpo_trl.monitoring.model_card import SETTINGS, measures, usage, write_card
 
 ABOUT = {"name": "mine", "repository": "me/mine", "dataset": "shapes", "tags": ["art"]}
 HISTORY = [

@@ -12,13 +12,13 @@ import yaml
 from tiny import PROMPTS
 
 from gcpo_trl.cli import launch
-from gcpo_trl.cli.datasets import load_prompts
-from gcpo_trl.cli.recipe import parse, read_recipe
-from gcpo_trl.cli.train import build_trainer
 from gcpo_trl.prompts import generate
 from gcpo_trl.prompts.files import STYLES
 from gcpo_trl.prompts.geneval import official_text
-from gcpo_trl.rewards import load_reward
+from gcpo_trl.rewards.loading import load_reward
+from gcpo_trl.runs.build import build_trainer
+from gcpo_trl.runs.datasets import load_prompts
+from gcpo_trl.runs.recipe import parse, read_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

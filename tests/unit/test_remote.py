@@ -13,7 +13,7 @@ from loopback import Faulty, response, serving
 from PIL import Image
 
 import reward_funcs.shapes
-from gcpo_trl.rewards import load_reward, load_rewards
+from gcpo_trl.rewards.loading import load_reward, load_rewards
 from gcpo_trl.shapes.grammar import sample_specs
 from gcpo_trl.shapes.renderer import draw
 from reward_funcs.remote import Remote, RemoteRewardError, Server, reward, sent_columns
@@ -32,7 +32,7 @@ def no_settings(monkeypatch):
 def shapes_app(token=""):
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
-    from gcpo_trl.serving import build_app, default_goldens, golden_score
+    from gcpo_trl.rewards.server import build_app, default_goldens, golden_score
 
     rewards = {"shapes": reward_funcs.shapes.reward, "exact": reward_funcs.shapes.exact}
     goldens = {name: golden_score(function, default_goldens()) for name, function in rewards.items()}

@@ -196,7 +196,7 @@ def brightness_server():
     """The real server, and the batches that its reward was given. The reward dies of picture 13 in any batch."""
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
-    from gcpo_trl.serving import Limits, build_app
+    from gcpo_trl.rewards.server import Limits, build_app
 
     batches = []
 

@@ -12,8 +12,8 @@ import torch
 from datasets import Dataset
 
 import reward_funcs.shapes
-from gcpo_trl.rewards import ask_rewards, check_rewards, load_reward, place_rewards
-from reward_funcs._runtime import reward_device
+from gcpo_trl.rewards.loading import ask_rewards, check_rewards, load_reward, place_rewards
+from reward_funcs.runtime import reward_device
 
 IMAGES = ["first", "second"]
 

@@ -11,10 +11,11 @@ from tiny import PROMPTS, TOKENS, build_janus, load_janus
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaModel
 
-from gcpo_trl.policies import llama_decoder, lora_targets
+from gcpo_trl.policies import lora_targets
+from gcpo_trl.policies.decoding import llama_decoder
+from gcpo_trl.policies.decoding.llama_block import LinearMaps, is_plain
+from gcpo_trl.policies.decoding.llama_decoder import GrowingDecoder, LlamaDecoder
 from gcpo_trl.policies.janus import JanusPolicy
-from gcpo_trl.policies.llama_block import LinearMaps, is_plain
-from gcpo_trl.policies.llama_decoder import GrowingDecoder, LlamaDecoder
 from gcpo_trl.rollout import Sampling, engine, graph, sample
 from gcpo_trl.shapes.build import build_processor
 

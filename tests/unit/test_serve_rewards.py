@@ -24,7 +24,7 @@ from reward_funcs.remote import Remote
 httpx2 = pytest.importorskip("httpx2")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
-from gcpo_trl.serving import Limits, build_app, default_goldens, golden_score, read_golden  # noqa: E402
+from gcpo_trl.rewards.server import Limits, build_app, default_goldens, golden_score, read_golden  # noqa: E402
 
 TOKEN = "a-token-of-some-length"
 LIMITS = Limits(bytes=20_000, images=3, pixels=10_000, waiting=2)

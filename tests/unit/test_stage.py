@@ -5,12 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from gcpo_trl.objective.stage import (
-    distinctness,
-    opposing_similarity,
-    stage_advantage_weight,
-    stage_divergence_weight,
-)
+from gcpo_trl.objective.stage import distinctness, opposing_similarity, stage_advantage_weight, stage_divergence_weight
 
 SIMILARITY = torch.tensor([[0.6, -1.0, 1.0]])
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gcpo_trl.analysis.pictures import pareto_front
-from gcpo_trl.analysis.study import Arm, differences, interval, minutes, table
 from gcpo_trl.cli.main import main
 from gcpo_trl.cli.study import benchmark_of, launch, mark, outcome, parts_of, result_file, slots_of
-from gcpo_trl.cli.study_plan import BASE, Measure, read_study
+from gcpo_trl.studies.figure import pareto_front
+from gcpo_trl.studies.plan import BASE, Measure, read_study
+from gcpo_trl.studies.statistics import Arm, differences, interval, minutes, table
 
 STUDIES = sorted((Path(__file__).parents[2] / "recipes/studies").glob("*.yaml"))
 RECIPE = {

@@ -15,8 +15,8 @@ from typing import Any
 
 from reward_funcs._geneval_color import load_color_classifier
 from reward_funcs._geneval_detector import load_detector
-from reward_funcs._runtime import reward_device
 from reward_funcs.geneval import Models, judge_images
+from reward_funcs.runtime import reward_device
 
 from ...prompts import load
 from ..benchmark import Benchmark, Row, from_rewards, own_prompts

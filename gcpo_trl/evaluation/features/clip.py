@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from reward_funcs import _clip
-from reward_funcs._runtime import reward_device
 from reward_funcs._weights import found
 from reward_funcs.clipscore import MODEL, Scorer
+from reward_funcs.runtime import reward_device
 
 
 def label() -> str:

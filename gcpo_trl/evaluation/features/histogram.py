@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...drawing import shrink
+from ...monitoring.overlays import shrink
 
 CELLS = 3  # a side; the shapes world's board
 LEVELS = 4  # a channel: 64 colours

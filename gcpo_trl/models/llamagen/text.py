@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from reward_funcs._runtime import whole_weights
+from reward_funcs.runtime import whole_weights
 
 logger = logging.getLogger(__name__)
 

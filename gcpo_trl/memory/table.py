@@ -1,4 +1,4 @@
-"""Recipe -> model on the meta device -> table of `gcpo_trl.analysis.memory`. No weight is read or downloaded."""
+"""Recipe -> model on the meta device -> table of `gcpo_trl.memory.estimate`. No weight is read or downloaded."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 from transformers import AutoConfig, JanusConfig, JanusForConditionalGeneration
 from trl import ModelConfig, get_peft_config
 
-from ..analysis.memory import Row, Run, estimate, reached, table
 from ..config import GCPOConfig
-from ..modules import freeze_all_but, names_no_target, with_lora_targets
 from ..policies import lora_targets
 from ..policies.janus import JanusPolicy
-from ..rewards import load_reward
+from ..rewards.loading import load_reward
+from ..runs.recipe import RunArguments, parse
 from ..shapes.build import SHIPPED
-from .recipe import RunArguments, parse
+from ..trainer.trainable_modules import freeze_all_but, names_no_target, with_lora_targets
+from .estimate import Row, Run, estimate, reached, table
 
 PROMPT_TOKENS = 32  # a GenEval prompt in Janus-Pro's template is about 30 tokens
 # `language_config` of config.json of deepseek-ai/Janus-Pro-1B and -7B. The rest of the two models is what transformers'

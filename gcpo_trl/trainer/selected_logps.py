@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .policies.image_head import ALL, Scored
+from ..policies.decoding.image_head import ALL, Scored
 
 LOGPS = "rollout_per_token_logps"  # the key in TRL's batch, which is shuffled and split with the rest
 

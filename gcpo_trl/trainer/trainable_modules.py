@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .policies import lora_targets, unquantised
+from ..policies import lora_targets, unquantised
 
 QUANTISATION = "quantization_config"
 SKIPPED = "llm_int8_skip_modules"  # of a BitsAndBytesConfig, whose 4 bit layers it spares too

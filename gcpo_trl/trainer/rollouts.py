@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import trl_compat
-from .ahead import Ahead, decoded, decoding_stream, runs_ahead
+from .. import trl_compat
+from ..objective.diversity import token_disagreement
+from ..rewards.loading import without_partly_scored
+from ..rollout import Rollout, Sampling, chunks, joined
 from .checks import first_non_finite
-from .objective.diversity import token_disagreement
-from .rewards import without_partly_scored
-from .rollout import Rollout, Sampling, chunks, joined
+from .overlap import Ahead, decoded, decoding_stream, runs_ahead
 
 EVAL_SEED_OFFSET = 7_919  # keeps evaluation images apart from training images of the same seed
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import NextLogits
+from ..base import NextLogits
 from .llama_decoder import GrowingDecoder, LlamaDecoder
 
 

@@ -33,7 +33,7 @@ from starlette.requests import ClientDisconnect
 
 from reward_funcs._remote_wire import CONTENT_TYPE, HEALTH, PROTOCOL, SCORE
 
-from . import __version__
+from .. import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from ..policies.image_head import CHUNK, DECODE_BATCH
+from ..policies.decoding.image_head import CHUNK, DECODE_BATCH
+from ..policies.decoding.llama_decoder import WINDOW
 from ..policies.janus import JanusPolicy, image_grid
-from ..policies.llama_decoder import WINDOW
 
 GIB = 2**30
 FP32 = 4

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from . import trl_compat
-from .objective.divergence import divergence
-from .objective.stage import stage_divergence_weight
-from .picks import OPPOSING
+from .. import trl_compat
+from ..objective.divergence import divergence
+from ..objective.stage import stage_divergence_weight
+from .critical_tokens import OPPOSING
 
 
 class Penalised:

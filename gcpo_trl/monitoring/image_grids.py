@@ -20,8 +20,8 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from . import trl_compat
-from .drawing import GAP, LABEL_HEIGHT, enlarge, overlay, shrink, with_legend
+from .. import trl_compat
+from .overlays import GAP, LABEL_HEIGHT, enlarge, overlay, shrink, with_legend
 
 NAME = "gcpo/images"
 TRACKER_STEP = "train/global_step"  # the axis that transformers' callbacks give every metric in wandb and trackio

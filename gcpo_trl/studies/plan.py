@@ -26,11 +26,11 @@ from typing import Any
 
 import yaml
 
-from ..checks import check_image_settings, load_config
 from ..evaluation.diversity import FEATURES
 from ..policies import family_of
+from ..runs.recipe import check_keys, parsed, read_recipe
 from ..shapes.build import SHIPPED
-from .recipe import check_keys, parsed, read_recipe
+from ..trainer.checks import check_image_settings, load_config
 
 STUDY_KEYS = {"question", "recipe", "settings", "seeds", "baseline", "arms", "grid", "evaluate"}
 BASE = "base model"  # the row of the model before training

@@ -9,11 +9,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from . import trl_compat
-from .objective.selection import critical_tokens
-from .objective.signals import Signals, SignalsOnDemand, group_similarity_from_ids
-from .objective.stage import opposing_similarity
-from .selected import with_rollout_logps
+from .. import trl_compat
+from ..objective.selection import critical_tokens
+from ..objective.signals import Signals, SignalsOnDemand, group_similarity_from_ids
+from ..objective.stage import opposing_similarity
+from .selected_logps import with_rollout_logps
 
 OPPOSING = "opposing_similarity"  # the key in TRL's batch, which is shuffled and split with the rest
 

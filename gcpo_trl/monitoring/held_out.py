@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
-from . import trl_compat
-from .checks import check_count
-from .rewards import load_reward
-from .rollout import Sampling, sample
+from .. import trl_compat
+from ..rewards.loading import load_reward
+from ..rollout import Sampling, sample
+from ..validation import check_count
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from dataclasses import MISSING, dataclass, field, fields
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from .checks import check_count, check_device
-from .objective.divergence import DIVERGENCES, GRADIENTS, MATCHES
-from .objective.loss import DIVERGENCE_ON
-from .objective.selection import COMBINE, load
-from .objective.weighting import FORMS
-from .rollout import BACKENDS
+from ..objective.divergence import DIVERGENCES, GRADIENTS, MATCHES
+from ..objective.loss import DIVERGENCE_ON
+from ..objective.selection import COMBINE, load
+from ..objective.weighting import FORMS
+from ..rollout import BACKENDS
+from ..validation import check_count, check_device
 
 ENTROPY_SOURCES = ("guided", "conditional")
 SIMILARITY_SPACES = ("aligner", "codebook")

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward_funcs._runtime import DEVICE_VARIABLE
+from reward_funcs.runtime import DEVICE_VARIABLE
 
-from .plugins import resolve
+from ..plugins import resolve
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from . import trl_compat
+from .. import trl_compat
+from ..config import GCPOConfig
+from ..monitoring.held_out import HeldOutCallback
+from ..monitoring.image_grids import ImageLog
+from ..monitoring.model_card import write_card
+from ..objective.stage import stage_advantage_weight
+from ..objective.weighting import advantage_weight
+from ..policies import adapt, family_of
+from ..rewards.loading import load_rewards, place_rewards
+from ..shapes.build import SHIPPED
 from .checks import (
     check_dataset,
     check_engine,
@@ -29,22 +38,13 @@ from .checks import (
     first_non_finite,
     load_config,
 )
-from .config import GCPOConfig
-from .draws import Draws
-from .held_out import HeldOutCallback
-from .image_log import ImageLog
-from .model_card import write_card
-from .modules import default_adapters, default_quantization, freeze_all_but, keep_differentiable, train_report
-from .objective.stage import stage_advantage_weight
-from .objective.weighting import advantage_weight
-from .penalty import Penalised
-from .picks import OPPOSING, Picks
-from .policies import adapt, family_of
+from .critical_tokens import OPPOSING, Picks
+from .divergence_term import Penalised
+from .metrics import Timed
 from .resume import ExactResume
-from .rewards import load_rewards, place_rewards
-from .selected import selected_only
-from .shapes.build import SHIPPED
-from .timing import Timed
+from .rollouts import Draws
+from .selected_logps import selected_only
+from .trainable_modules import default_adapters, default_quantization, freeze_all_but, keep_differentiable, train_report
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from . import __version__
+from .. import __version__
 
 PAPER = "https://github.com/zghhui/GCPO"
 PACKAGES = ("trl", "transformers", "peft", "torch")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .policies.image_head import to_pictures
+from ..policies.decoding.image_head import to_pictures
 
 NO_COLUMNS = ("prompt", "completion", "completion_ids")  # of a dataset: TRL passes these itself, or not at all
 

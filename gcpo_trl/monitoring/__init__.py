@@ -1,0 +1,1 @@
+"""What one sees of a run while it trains: grids of images, held-out scores, the model card."""
