@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..extras import require
 from ..monitoring.overlays import GAP, LABEL_HEIGHT, enlarge, overlay, with_legend
+from ..objective.layout import Layout
 
 
 def grid(
@@ -32,10 +33,10 @@ def grid(
 
 
 def overlay_sheet(
-    pictures: Sequence[Image.Image], masks: Mapping[str, Tensor], shape: tuple[int, int], labels: Sequence[str]
+    pictures: Sequence[Image.Image], masks: Mapping[str, Tensor], layout: Layout, labels: Sequence[str]
 ) -> Image.Image:
     """Each picture beside its critical tokens, with a legend below."""
-    rows = [[picture, overlay(picture, masks, shape, row)] for row, picture in enumerate(pictures)]
+    rows = [[picture, overlay(picture, masks, layout, row)] for row, picture in enumerate(pictures)]
     sheet = grid(rows, labels, tile=180)
     return with_legend(sheet, list(masks))
 

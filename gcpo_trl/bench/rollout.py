@@ -10,7 +10,7 @@ import torch
 
 from ..policies.janus import JanusPolicy
 from ..rollout import Sampling, sample
-from ..rollout.harvest import Harvest
+from ..rollout.recorder import Recorder
 from . import naive
 from .measure import Operations, Report, interleave
 from .model import Size, build_policy, prompts_of
@@ -68,13 +68,13 @@ def counters(policy: JanusPolicy, size: Size, steps: int = 4) -> dict[str, float
     """What a token costs, whatever the machine: counted over some tokens in the middle, as torch dispatches them."""
     prompts, sampling = prompts_of(size), Sampling(guidance_scale=SCALE)
     state, logits = policy.start(policy.encode(prompts[:1]), torch.zeros(len(prompts), dtype=torch.long), guided=True)
-    harvest = Harvest(torch.full((len(prompts), policy.num_tokens), 0.5, device=logits.conditional.device))
+    recorder = Recorder(torch.full((len(prompts), policy.num_tokens), 0.5, device=logits.conditional.device))
     order = torch.arange(policy.num_tokens, device=logits.conditional.device)
-    harvest.take(logits, order[:1], sampling)
+    recorder.take(logits, order[:1], sampling)
     del logits
     with Operations() as seen:
         for position in range(1, 1 + steps):
-            harvest.take(policy.step(state, harvest.last), order[position : position + 1], sampling)
+            recorder.take(policy.step(state, recorder.last), order[position : position + 1], sampling)
         stored = seen.alive(size.codes)
     with Operations() as plain:
         kept = naive.rollout(policy, prompts, SCALE)

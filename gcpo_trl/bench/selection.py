@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..objective.layout import Layout
 from ..objective.selection import critical_tokens
 from ..objective.signals import Signals, group_similarity_from_ids
 from . import naive
@@ -42,7 +43,7 @@ def run(quick: bool, rounds: int) -> list[Report]:
         used, rows = ids.unique(return_inverse=True)  # as the trainer does
         similarity = group_similarity_from_ids(rows[None], table[used]).expand(size.group, -1)
         valid = torch.ones_like(ids, dtype=torch.bool)
-        signals = Signals(entropy.flatten(1), similarity, valid, (size.side, size.side))
+        signals = Signals(entropy.flatten(1), similarity, valid, Layout.raster(size.side, size.side))
         return critical_tokens(signals, STRATEGIES, FRACTION)
 
     report = Report("selection", asdict(size))

@@ -109,7 +109,7 @@ def critical_picture(trainer: Any, prompts: list[str], sampling: Sampling) -> An
         rollout.entropy,
         similarity.repeat_interleave(GROUP, dim=0),
         torch.ones_like(rollout.tokens, dtype=torch.bool),
-        policy.grid,
+        policy.layout,
         torch.Generator().manual_seed(0),
     )
     masks = critical_tokens(
@@ -121,4 +121,4 @@ def critical_picture(trainer: Any, prompts: list[str], sampling: Sampling) -> An
         smoothing=args.select_smoothing,
     )
     masks = {name: mask[::GROUP] for name, mask in masks.items() if name != "critical"}
-    return overlay_sheet(policy.decode(rollout.tokens[::GROUP]), masks, policy.grid, prompts)
+    return overlay_sheet(policy.decode(rollout.tokens[::GROUP]), masks, policy.layout, prompts)

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..policies.decoding.image_head import CHUNK, DECODE_BATCH
 from ..policies.decoding.llama_decoder import WINDOW
-from ..policies.janus import JanusPolicy, image_grid
+from ..policies.janus import JanusPolicy, image_layout
 
 GIB = 2**30
 FP32 = 4
@@ -104,7 +104,7 @@ class Shape:
         """The shape of a ``JanusConfig``; raises ValueError for other families, whose layers are not known here."""
         if config.model_type != "janus":
             raise ValueError(f"the table is for image models of type 'janus'; this is a {config.model_type!r} model")
-        text, vq, (height, width) = config.text_config, config.vq_config, image_grid(config)
+        text, vq, ((height, width),) = config.text_config, config.vq_config, image_layout(config).grids
         levels = vq.channel_multiplier
         return cls(
             hidden=text.hidden_size,

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .. import trl_compat
+from ..objective.layout import Layout
 from .overlays import GAP, LABEL_HEIGHT, enlarge, overlay, shrink, with_legend
 
 NAME = "gcpo/images"
@@ -90,7 +91,7 @@ class ImageLog:
         ]
         rows = gather_object(rows)  # in the order of the ranks, which is that of the groups
         if accelerator.is_main_process:
-            page = sheet(rows, self.trainer.num_generations, self.trainer.policy.grid)
+            page = sheet(rows, self.trainer.num_generations, self.trainer.policy.layout)
             save(page, self.folder / f"step-{step:06d}.png")
             send(page, step, self.args.report_to, trl_compat.tensorboard_writer(self.trainer))
 
@@ -141,7 +142,7 @@ def reward_line(names: Sequence[str], values: Sequence[float], weights: Sequence
     return f"{line}: {', '.join(each)}"
 
 
-def layout(groups: Sequence[int], cell: tuple[int, int], columns: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+def placed(groups: Sequence[int], cell: tuple[int, int], columns: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
     """Width and height of a sheet and the upper left corner of every cell, in pixels; each group starts a new line.
 
     groups: images of each group. cell: width and height. columns: cells a line at most.
@@ -157,18 +158,18 @@ def layout(groups: Sequence[int], cell: tuple[int, int], columns: int) -> tuple[
     return (GAP + used * (width + GAP), GAP + line * (height + GAP)), corners
 
 
-def sheet(rows: Sequence[Shown], group: int, grid: tuple[int, int]) -> Image.Image:
-    """The rows as one picture: ``group`` rows belong together; ``grid`` is height and width in tokens."""
+def sheet(rows: Sequence[Shown], group: int, layout: Layout) -> Image.Image:
+    """The rows as one picture: ``group`` rows belong together; ``layout`` says where tokens lie."""
     pictures = [Image.fromarray(row.picture) for row in rows]
     tile = max(MIN_TILE, *pictures[0].size)
     tiles = [
-        [enlarge(picture, tile), *([overlay(picture, as_batch(row.masks), grid, 0, tile)] if row.masks else [])]
+        [enlarge(picture, tile), *([overlay(picture, as_batch(row.masks), layout, 0, tile)] if row.masks else [])]
         for row, picture in zip(rows, pictures, strict=True)
     ]
     beside, (width, height) = len(tiles[0]), tiles[0][0].size
     cell = (beside * (width + GAP) - GAP, 2 * LABEL_HEIGHT + height)
     sizes = [len(rows[i : i + group]) for i in range(0, len(rows), group)]
-    size, corners = layout(sizes, cell, columns=PICTURES_A_LINE // beside)
+    size, corners = placed(sizes, cell, columns=PICTURES_A_LINE // beside)
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
     for row, cells, (left, top) in zip(rows, tiles, corners, strict=True):

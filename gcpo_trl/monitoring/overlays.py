@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..objective.layout import Layout
+
 # One colour a strategy, distinguishable also with a colour-vision deficiency (Okabe and Ito's palette).
 COLORS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (213, 94, 0), (0, 114, 178))
 GAP = 6
@@ -35,16 +37,20 @@ def scaled(size: tuple[int, int], longest: int) -> tuple[int, int]:
 
 
 def overlay(
-    picture: Image.Image, masks: Mapping[str, Tensor], shape: tuple[int, int], row: int, tile: int = 180
+    picture: Image.Image, masks: Mapping[str, Tensor], layout: Layout, row: int, tile: int = 180
 ) -> Image.Image:
-    """The picture with the critical tokens of one sample tinted, one colour a strategy; ``masks`` (batch, seq)."""
+    """The picture with the critical tokens of one sample tinted, one colour per strategy; ``masks`` (batch, seq).
+
+    Where the layout has several grids, each tints the cells of its own size, in an equal part of the strength.
+    """
     canvas = np.asarray(enlarge(picture.convert("L").convert("RGB"), tile), dtype=np.float32).copy()
-    height, width = canvas.shape[0] / shape[0], canvas.shape[1] / shape[1]
+    share = OVERLAY_SHARE / len(layout.grids)
     for color, mask in zip(COLORS, masks.values(), strict=False):
-        for index in mask[row].nonzero()[:, 0].tolist():
-            y, x = divmod(index, shape[1])
-            window = canvas[round(y * height) : round((y + 1) * height), round(x * width) : round((x + 1) * width)]
-            window += OVERLAY_SHARE * (np.asarray(color, dtype=np.float32) - window)
+        for cells in layout.maps(mask[row : row + 1]):
+            height, width = canvas.shape[0] / cells.shape[1], canvas.shape[1] / cells.shape[2]
+            for y, x in cells[0].nonzero().tolist():
+                window = canvas[round(y * height) : round((y + 1) * height), round(x * width) : round((x + 1) * width)]
+                window += share * (np.asarray(color, dtype=np.float32) - window)
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 

@@ -16,6 +16,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gcpo_trl.objective.layout import Layout
+
 NORM_EPS = 1e-12  # torch.nn.functional.normalize's default; a zero vector keeps cosine 0 with everything
 
 
@@ -26,7 +28,7 @@ class Signals:
     entropy     (batch, seq): entropy of the distribution each token was drawn from
     similarity  (batch, seq): mean cosine similarity of the position inside its group
     valid       (batch, seq): True where a token was generated, False on padding
-    grid        (height, width) of an image in raster order; None for a one-dimensional sequence
+    layout      the grids on which the tokens lie; None for a one-dimensional sequence
     generator   for strategies that sample; one on the CPU gives the same tokens on every device
 
     Gradient: none.
@@ -35,19 +37,12 @@ class Signals:
     entropy: Float[Tensor, "batch seq"]
     similarity: Float[Tensor, "batch seq"]
     valid: Bool[Tensor, "batch seq"]
-    grid: tuple[int, int] | None = None
+    layout: Layout | None = None
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if self.grid is None:
-            return
-        height, width = self.grid
-        seq = self.valid.shape[-1]
-        if height * width != seq:
-            raise ValueError(
-                f"grid={self.grid} has {height} x {width} = {height * width} cells, but the signals have seq={seq} "
-                "tokens; pass the grid of these tokens, or grid=None for a one-dimensional sequence"
-            )
+        if self.layout is not None:
+            self.layout.check(self.valid.shape[-1])
 
 
 class SignalsOnDemand(Signals):
@@ -62,10 +57,10 @@ class SignalsOnDemand(Signals):
         self,
         makers: Mapping[str, Callable[[], Float[Tensor, "batch seq"]]],
         valid: Bool[Tensor, "batch seq"],
-        grid: tuple[int, int] | None = None,
+        layout: Layout | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        vars(self).update(makers=makers, valid=valid, grid=grid, generator=generator)
+        vars(self).update(makers=makers, valid=valid, layout=layout, generator=generator)
         self.__post_init__()
 
     def __getattr__(self, name: str) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from .. import models  # noqa: F401  transformers' Auto classes know them from here on
+from ..objective.layout import Layout
 from ..plugins import available, resolve
 
 # transformers' ``config.model_type`` -> the file that adapts it; everything else is a text language model.
@@ -19,10 +20,10 @@ def family_of(config: Any) -> str:
     return FAMILIES.get(config.model_type, "text")
 
 
-def image_grid(config: Any) -> tuple[int, int]:
-    """Token grid of an image family, from its configuration alone, so that mistakes show before weights load."""
-    grid: tuple[int, int] = resolve(family_of(config), __name__, "image_grid")(config)
-    return grid
+def image_layout(config: Any) -> Layout:
+    """Layout of an image family's tokens, from its configuration alone, so that mistakes show before weights load."""
+    layout: Layout = resolve(family_of(config), __name__, "image_layout")(config)
+    return layout
 
 
 def lora_targets(config: Any, modules: Sequence[str] | None = None) -> str:
@@ -55,4 +56,4 @@ def load(model_id: str, family: str | None = None, **kwargs: Any) -> Any:
     return resolve(family, __name__, "load")(model_id, **kwargs)
 
 
-__all__ = ["FAMILIES", "adapt", "available", "family_of", "image_grid", "load", "lora_targets", "unquantised"]
+__all__ = ["FAMILIES", "adapt", "available", "family_of", "image_layout", "load", "lora_targets", "unquantised"]

@@ -16,11 +16,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, JanusForConditionalGeneration
 
+from ..objective.layout import Layout
 from .base import NextLogits, PromptBatch
 from .decoding.image_head import ALL, DECODE_BATCH, ImageScores, Scored, score_tokens, to_pictures
 from .decoding.llama_decoder import positions
 from .decoding.state import DecodeState, Generator, begin
 
+MODEL_TYPES = ("janus",)
 # Linear layers of each part, as a pattern of their names. "q_proj" alone would also hit the vision tower.
 LORA_LAYERS = {
     "language_model": r"language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
@@ -37,7 +39,7 @@ UNQUANTISED = (
 
 
 class JanusPolicy:
-    """The five questions for Janus. ``model`` is the plain module, also when PEFT or an engine wraps it elsewhere."""
+    """Janus as an `ImagePolicy`. ``model`` is the plain module, also when PEFT or an engine wraps it elsewhere."""
 
     generates_images = True
     modules = {
@@ -56,8 +58,9 @@ class JanusPolicy:
         self.bos_id = tokenizer.bos_token_id
         self.pad_id = tokenizer.pad_token_id
         self.image_start_id = tokenizer.convert_tokens_to_ids(processor.image_start_token)
-        self.grid = image_grid(model.config)
-        self.num_tokens = self.grid[0] * self.grid[1]
+        self.layout = image_layout(model.config)
+        self.num_tokens = self.layout.tokens
+        self.widths = (1,) * self.num_tokens
 
     def set_generation(self, guidance_scale: float) -> None:
         """Let ``generate(generation_mode="image")`` of plain transformers draw from a saved checkpoint as we do."""
@@ -99,7 +102,7 @@ class JanusPolicy:
     ) -> tuple[DecodeState, NextLogits]:
         """Prefill conditional and unconditional prompts once each, then copy their cache to the rows that need it."""
         ids = torch.cat([prompts.ids, prompts.unconditional_ids]) if guided else prompts.ids
-        mask = prompts.mask.repeat(2, 1) if guided else prompts.mask
+        mask = torch.cat([prompts.mask, prompts.unconditional_mask]) if guided else prompts.mask
         rows = rows.to(ids.device)
         both = torch.cat([rows, rows + len(prompts.ids)]) if guided else rows
         inner = self.model.model
@@ -111,7 +114,7 @@ class JanusPolicy:
 
     @torch.no_grad()
     def step(self, state: DecodeState, tokens: Tensor) -> NextLogits:
-        """One token a row; the unconditional rows see the same token."""
+        """Append the newest token of each image, ``(batch, 1)``; the unconditional rows see the same token."""
         return state.step(tokens)
 
     # logits at given positions
@@ -153,15 +156,15 @@ class JanusPolicy:
         return self.model.prepare_embeddings_for_image_generation(codes)
 
 
-def image_grid(config: Any) -> tuple[int, int]:
-    """Height and width of the token grid; raises ValueError where the configuration contradicts itself."""
+def image_layout(config: Any) -> Layout:
+    """The token grid; raises ValueError where the configuration contradicts itself."""
     tokens, side = config.vision_config.num_image_tokens, config.vq_config.num_patches
     if side * side != tokens:
         raise ValueError(
             f"the model draws {tokens} image tokens but its VQ decoder reads a {side}x{side} grid; set "
             "vision_config.num_image_tokens to the square of image_size // patch_size"
         )
-    return side, side
+    return Layout.raster(side, side)
 
 
 def teacher_forced(
@@ -207,6 +210,6 @@ def load(model_id: str, **kwargs: Any) -> JanusPolicy:
     config = AutoConfig.from_pretrained(model_id)
     if config.model_type != "janus":
         raise ValueError(f"{model_id} holds a {config.model_type!r} model; this adapter loads 'janus' checkpoints")
-    image_grid(config)
+    image_layout(config)
     model = JanusForConditionalGeneration.from_pretrained(model_id, **kwargs).eval()
     return JanusPolicy(model, AutoProcessor.from_pretrained(model_id))

@@ -18,10 +18,12 @@ from transformers import AutoConfig, AutoProcessor
 from ..models import LlamaGenForImageGeneration
 from ..models.llamagen.configuration import CLASS
 from ..models.llamagen.text import TextEncoder, resolve
+from ..objective.layout import Layout
 from .base import NextLogits, PromptBatch
 from .decoding.image_head import ALL, DECODE_BATCH, ImageScores, score_tokens, to_pictures
 from .decoding.state import DecodeState, Generator, begin
 
+MODEL_TYPES = ("llamagen",)
 LORA_LAYERS = {
     "language_model": r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
     "generation_head": r"lm_head",
@@ -31,7 +33,7 @@ UNQUANTISED = ("lm_head", "vqmodel", "model.condition")
 
 
 class LlamaGenPolicy:
-    """The five questions for LlamaGen. ``model`` is the plain module, also where PEFT or an engine wraps it."""
+    """LlamaGen as an `ImagePolicy`. ``model`` is the plain module, also where PEFT or an engine wraps it."""
 
     generates_images = True
     modules = {"language_model": "model", "generation_head": "lm_head"}
@@ -43,8 +45,9 @@ class LlamaGenPolicy:
         self.model = model
         self.processor = processor
         config = model.config
-        self.grid = image_grid(config)
-        self.num_tokens = self.grid[0] * self.grid[1]
+        self.layout = image_layout(config)
+        self.num_tokens = self.layout.tokens
+        self.widths = (1,) * self.num_tokens
         self.text_encoder = text_encoder
         self.scored = ALL
         if text_encoder is None and config.condition != CLASS:
@@ -96,7 +99,7 @@ class LlamaGenPolicy:
 
     @torch.no_grad()
     def step(self, state: DecodeState, tokens: Tensor) -> NextLogits:
-        """One token a row; the unconditional rows see the same token."""
+        """Append the newest token of each image, ``(batch, 1)``; the unconditional rows see the same token."""
         return state.step(tokens)
 
     # logits at given positions
@@ -163,9 +166,9 @@ def caption_of(prompt: Any) -> str:
     return content if isinstance(content, str) else " ".join(part["text"] for part in content if "text" in part)
 
 
-def image_grid(config: Any) -> tuple[int, int]:
-    """Height and width of the token grid."""
-    return config.grid_size, config.grid_size
+def image_layout(config: Any) -> Layout:
+    """The token grid."""
+    return Layout.raster(config.grid_size, config.grid_size)
 
 
 def adapt(model: LlamaGenForImageGeneration, processor: Any) -> LlamaGenPolicy:

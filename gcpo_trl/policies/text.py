@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class TextPolicy:
-    """The layout question for text; every other one is TRL's."""
+    """A text policy, of which TRL does everything but the critical tokens."""
 
     generates_images = False
-    grid = None
+    layout = None
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model = model

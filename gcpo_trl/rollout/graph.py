@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..policies.base import FixedState, ImagePolicy, NextLogits
-from .harvest import Harvest, Sampling
+from ..policies.base import Constraint, FixedState, ImagePolicy, NextLogits
+from .recorder import Recorder, Sampling
 
 WARM_UPS = 2  # before a capture, so that libraries make their workspaces outside of it
 
@@ -29,10 +29,12 @@ class CaptureError(RuntimeError):
 class FixedLoop:
     """Rollouts of one shape on one state, whose memory and graphs stay for the next."""
 
-    def __init__(self, state: FixedState, noise: Float[Tensor, "batch seq"], sampling: Sampling) -> None:
+    def __init__(
+        self, state: FixedState, noise: Float[Tensor, "batch seq"], sampling: Sampling, constraint: Constraint | None
+    ) -> None:
         self.state = state
         self.sampling = sampling
-        self.harvest = Harvest(noise)
+        self.recorder = Recorder(noise, constraint)
         self.position = torch.zeros(1, dtype=torch.long, device=noise.device)
         self.replays: dict[int, Callable[[], None]] = {}
         self.addresses: list[Any] = []
@@ -42,21 +44,21 @@ class FixedLoop:
         policy: ImagePolicy,
         logits: NextLogits,
         noise: Float[Tensor, "batch seq"],
-        done: Callable[[], Any] = lambda: None,
-    ) -> Harvest:
+        done: Callable[[int], Any] = lambda _: None,
+    ) -> Recorder:
         """Draw all tokens from the prompt's ``logits``; ``done`` is called after each."""
-        self.harvest.refill(noise)
+        self.recorder.refill(noise)
         self.position.zero_()
         self._forget_if_moved()
         self._take(logits)
-        done()
+        done(1)
         for position in range(1, policy.num_tokens):
             window = self.state.fix(position)
             if window not in self.replays:
                 self.replays[window] = record(lambda: self._step(policy), self._counters())
             self.replays[window]()
-            done()
-        return self.harvest
+            done(1)
+        return self.recorder
 
     def _forget_if_moved(self) -> None:
         """Graphs read addresses: what an optimizer writes in place they see, what was moved they would not."""
@@ -66,15 +68,15 @@ class FixedLoop:
         self.addresses = addresses
 
     def _counters(self) -> list[Tensor]:
-        return [*self.state.counters(), self.position, self.harvest.last]
+        return [*self.state.counters(), self.position, self.recorder.last]
 
     def _step(self, policy: ImagePolicy) -> None:
         # Autocast keeps casts of weights until its context ends; a graph would go on reading them.
         with uncached_autocast(self.position.device.type):
-            self._take(policy.step(self.state, self.harvest.last))
+            self._take(policy.step(self.state, self.recorder.last))
 
     def _take(self, logits: NextLogits) -> None:
-        self.harvest.take(logits, self.position, self.sampling)
+        self.recorder.take(logits, self.position, self.sampling)
         self.position += 1
 
 

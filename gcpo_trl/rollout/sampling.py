@@ -1,4 +1,4 @@
-"""One sampling step: guide, warp, draw. Pure functions on logits ``(batch, vocab)``."""
+"""One sampling step: guide, warp, sample. Pure functions on logits ``(batch, vocab)``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def guide(
 ) -> Float[Tensor, "batch vocab"]:
     """Classifier-free guidance as LlamaGen and Janus write it, ``u + scale * (c - u)``, in fp32; 1 is no guidance."""
     if unconditional is None:
-        return wide(conditional)
-    return wide(unconditional) + scale * (wide(conditional) - wide(unconditional))
+        return at_least_fp32(conditional)
+    return at_least_fp32(unconditional) + scale * (at_least_fp32(conditional) - at_least_fp32(unconditional))
 
 
 def warp(
@@ -32,22 +32,24 @@ def warp(
     return logits
 
 
-def draw(logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+def sample_from_logits(logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds ``uniform`` in [0, 1).
 
     One number a row decides the token, so a row's tokens depend on nothing but its logits and its own generator.
     """
-    return draw_from(logits.softmax(-1), uniform)
+    return sample_from_probabilities(logits.softmax(-1), uniform)
 
 
-def draw_from(probabilities: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """`draw` from probabilities. The sum is in fp64: fp32 would round away rare tokens of a large vocabulary."""
+def sample_from_probabilities(
+    probabilities: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"]
+) -> Int[Tensor, " batch"]:
+    """`sample_from_logits` of probabilities, summed in fp64: fp32 would lose rare tokens of a large vocabulary."""
     cumulative = probabilities.double().cumsum(-1)  # on a CPU a fifth of the time of cumsum's own dtype
     target = uniform.double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
 
 
-def wide(logits: Tensor) -> Tensor:
+def at_least_fp32(logits: Tensor) -> Tensor:
     """fp32 for half precisions; fp32 and fp64 as they are."""
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from ..policies import image_grid
+from ..policies import image_layout
 
 # Of ``model_init_kwargs``, what says where a model lies and whether its code may run.
 WHERE = ("revision", "subfolder", "token", "cache_dir", "trust_remote_code")
@@ -79,9 +79,9 @@ def check_image_settings(args: Any, config: Any) -> int:
                 f"{name}={getattr(args, name)!r} is not read when sampling images; leave it at {neutral} and use "
                 "temperature, top_k, top_p and rollout_guidance_scale"
             )
-    height, width = image_grid(config)
-    args.check_tokens(height * width)
-    return height * width
+    tokens = image_layout(config).tokens
+    args.check_tokens(tokens)
+    return tokens
 
 
 def check_text_settings(args: Any, config: Any) -> None:

@@ -67,7 +67,7 @@ class Picks:
         }
         seed = (self.args.seed * 1_000_003 + self._step) * self.accelerator.num_processes
         generator = torch.Generator().manual_seed(seed + self.accelerator.process_index)
-        return SignalsOnDemand(makers, valid, self.policy.grid, generator)
+        return SignalsOnDemand(makers, valid, self.policy.layout, generator)
 
     def _valid(self, batch: dict[str, Any]) -> Tensor:
         """True on tokens that the policy drew, not padding nor a tool's answer; in the loss, on the critical ones."""

@@ -9,6 +9,7 @@ from gcpo_trl.bench import loss, rollout, selection
 from gcpo_trl.bench.measure import Operations, Report, Timing, interleave, peak_bytes
 from gcpo_trl.bench.naive import select
 from gcpo_trl.cli.main import main
+from gcpo_trl.objective.layout import Layout
 from gcpo_trl.objective.selection import critical_tokens
 from gcpo_trl.objective.signals import Signals, group_similarity
 
@@ -69,7 +70,7 @@ def test_cell_by_cell_selects_what_the_strategies_select():
     entropy, embeddings = torch.rand(group, side, side), torch.randn(group, side * side, 4)
     similarity = group_similarity(embeddings[None]).expand(group, -1)
     valid = torch.ones(group, side * side, dtype=torch.bool)
-    signals = Signals(entropy.flatten(1), similarity, valid, (side, side))
+    signals = Signals(entropy.flatten(1), similarity, valid, Layout.raster(side, side))
     expected = critical_tokens(signals, fraction=0.2, window=(0.0, 1.0))["critical"]
     assert torch.equal(select(entropy, embeddings, 0.2), expected)
 

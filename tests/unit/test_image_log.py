@@ -15,7 +15,7 @@ from gcpo_trl.monitoring.image_grids import (
     Shown,
     due,
     fitted,
-    layout,
+    placed,
     prompt_line,
     reward_line,
     save,
@@ -24,6 +24,7 @@ from gcpo_trl.monitoring.image_grids import (
     shown_count,
 )
 from gcpo_trl.monitoring.overlays import enlarge, shrink
+from gcpo_trl.objective.layout import Layout
 
 RED = (255, 0, 0)
 
@@ -118,19 +119,19 @@ def test_a_line_is_cut_to_its_picture():
 
 def test_each_group_starts_a_new_line():
     # cells of 100 x 50, 6 apart; a group of 3 in 2 columns takes two lines, the group of 1 a third
-    size, corners = layout([3, 1], (100, 50), columns=2)
+    size, corners = placed([3, 1], (100, 50), columns=2)
     assert corners == [(6, 6), (112, 6), (6, 62), (6, 118)]
     assert size == (6 + 2 * 106, 6 + 3 * 56)
 
 
 def test_columns_that_no_group_fills_take_no_room():
-    assert layout([1], (100, 50), columns=4)[0] == (112, 62)
+    assert placed([1], (100, 50), columns=4)[0] == (112, 62)
 
 
 def test_a_sheet_shows_each_picture_beside_its_critical_tokens():
     first = np.array([True, False, False, False])
     rows = [shown({"initial": first}), shown({"initial": first}), shown({"initial": ~first}, (0, 0, 255))]
-    page = sheet(rows, group=2, grid=(2, 2))
+    page = sheet(rows, group=2, layout=Layout.raster(2, 2))
     # Tiles of 144; a cell is two of them 6 apart under two lines of 14: 294 x 172. Two lines; a legend of 2 x 16.
     assert page.size == (6 + 2 * 300, 6 + 2 * 178 + 32)
     assert page.getpixel((10, 6 + 28 + 4)) == RED
@@ -143,7 +144,7 @@ def test_a_sheet_shows_each_picture_beside_its_critical_tokens():
 
 
 def test_without_critical_tokens_there_are_only_pictures():
-    page = sheet([shown(), shown()], group=2, grid=(2, 2))
+    page = sheet([shown(), shown()], group=2, layout=Layout.raster(2, 2))
     assert page.size == (6 + 2 * 150, 6 + 178)
 
 

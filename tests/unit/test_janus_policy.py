@@ -283,4 +283,4 @@ def test_tokens_mean_what_the_model_reads_or_the_codes(shared_policy):
     one = inner.generation_aligner(inner.generation_embeddings(torch.tensor([5])))[0]
     assert_close(aligner[5], one, rtol=0, atol=1e-6)
     assert torch.equal(shared_policy.token_table("codebook"), inner.vqmodel.quantize.embedding.weight)
-    assert shared_policy.grid == (GRID, GRID)
+    assert shared_policy.layout.grids == ((GRID, GRID),)

@@ -156,7 +156,7 @@ def test_similarity_lives_in_the_inputs_or_in_the_normalised_codes(drawing):
     assert torch.equal(drawing.token_table("aligner"), drawing.model.model.embed_tokens.weight)
     codes = drawing.token_table("codebook")
     assert_close(codes.norm(dim=1), torch.ones(len(codes)))
-    assert drawing.grid == (GRID, GRID) and family_of(drawing.model.config) == "llamagen"
+    assert drawing.layout.grids == ((GRID, GRID),) and family_of(drawing.model.config) == "llamagen"
 
 
 def test_pictures_come_from_the_tokenizer(drawing):

@@ -145,7 +145,7 @@ def test_auto_goes_on_without_graphs_and_graph_says_so(recorded, monkeypatch, ca
     monkeypatch.setattr(graph, "record", refuse)
     policy = double()
     assert_same(draw(policy, PADDED, "auto"), draw(policy, PADDED, "eager"))
-    assert "no luck; drawing without graphs" in caplog.text
+    assert "no luck; sampling without graphs" in caplog.text
     with pytest.raises(ValueError, match="rollout_backend='graph', but no luck; use 'eager'"):
         draw(policy, PADDED, "graph")
 

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from gcpo_trl.rollout.sampling import draw, guide, uniforms, warp
+from gcpo_trl.rollout.sampling import guide, sample_from_logits, uniforms, warp
 
 QUARTERS = torch.tensor([[0.5, 0.25, 0.25]]).log()
 BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -80,32 +80,34 @@ def test_warp_equals_transformers(temperature, top_k, top_p):
 )
 def test_draw_is_the_inverse_cdf(uniform, token):
     # cumulative 0.5, 0.75, 1: the first token whose cumulative probability exceeds the number
-    assert draw(QUARTERS, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
+    assert sample_from_logits(QUARTERS, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
 
 
 def test_rows_are_drawn_by_their_own_number():
     logits = QUARTERS.repeat(3, 1)
-    assert draw(logits, torch.tensor([0.9, 0.1, 0.6])).tolist() == [2, 0, 1]
+    assert sample_from_logits(logits, torch.tensor([0.9, 0.1, 0.6])).tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.3, 0.5, 0.999999, BELOW_ONE])
 def test_a_token_of_probability_zero_is_never_drawn(uniform):
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    assert draw(logits, torch.tensor([uniform], dtype=torch.float64)).item() in (1, 3)
+    assert sample_from_logits(logits, torch.tensor([uniform], dtype=torch.float64)).item() in (1, 3)
 
 
 def test_the_last_possible_token_is_drawn_also_where_fp32_sums_fall_short():
     # 16,384 probabilities do not sum to 1 in fp32; the largest number below 1 must still give a token that is possible.
     logits = torch.randn(4, 16384)
     logits[:, 9000:] = -torch.inf
-    assert (draw(logits, torch.full((4,), torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)))) < 9000).all()
+    assert (
+        sample_from_logits(logits, torch.full((4,), torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)))) < 9000
+    ).all()
 
 
 def test_draw_follows_the_distribution():
     # 4,000 evenly spaced numbers hit each token in proportion to its probability, up to one number a border.
     probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4])
     numbers = (torch.arange(4000) + 0.5) / 4000
-    counts = torch.bincount(draw(probabilities.log().expand(4000, 4), numbers), minlength=4)
+    counts = torch.bincount(sample_from_logits(probabilities.log().expand(4000, 4), numbers), minlength=4)
     assert_close(counts.float(), 4000 * probabilities, rtol=0, atol=1.0)
 
 

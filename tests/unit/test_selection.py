@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from gcpo_trl.objective.layout import Layout
 from gcpo_trl.objective.selection import (
     critical_tokens,
     entropy_gradient,
@@ -25,10 +26,10 @@ from gcpo_trl.objective.spatial import causal_neighborhood_mean, gradient_magnit
 BUMP = torch.tensor([[0.0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]])  # 4 x 4, its gradient is in test_spatial
 
 
-def signals_of(entropy, similarity=None, valid=None, grid=None, generator=None):
+def signals_of(entropy, similarity=None, valid=None, layout=None, generator=None):
     similarity = torch.ones_like(entropy) if similarity is None else similarity
     valid = torch.ones_like(entropy, dtype=torch.bool) if valid is None else valid
-    return Signals(entropy, similarity, valid, grid, generator)
+    return Signals(entropy, similarity, valid, layout, generator)
 
 
 def picks(mask):
@@ -78,12 +79,12 @@ def test_floor_share_means_the_decimal_that_was_written():
 
 def test_entropy_gradient_looks_inside_the_window():
     # Magnitudes (rounded): 0 1 1 0 | 1.30 .71 .71 1 | .67 .60 .71 1 | 1.67 1 1 0. N=16: window [1, 1 + 12).
-    signals, every = signals_of(BUMP, grid=(4, 4)), torch.ones(1, 16, dtype=torch.bool)
+    signals, every = signals_of(BUMP, layout=Layout.raster(4, 4)), torch.ones(1, 16, dtype=torch.bool)
     assert picks(entropy_gradient.select(signals, every, 1)) == [[12]]
     assert picks(entropy_gradient.select(signals, every, 2)) == [[4, 12]]
     # Here the steepest cell, 14 with 3.104835, is outside; inside it is 11 with 2.125.
     steep = torch.tensor([[1.0, 2, 3, 4, 2, 4, 6, 8, 1, 1, 1, 1, 9, 1, 1, 1]])
-    signals = signals_of(steep, grid=(4, 4))
+    signals = signals_of(steep, layout=Layout.raster(4, 4))
     assert picks(entropy_gradient.select(signals, every, 1)) == [[11]]
     assert picks(entropy_gradient.select(signals, every, 1, window=(0.0, 1.0))) == [[14]]
 
@@ -104,7 +105,7 @@ def test_window_counts_the_valid_tokens_of_each_row():
 @pytest.mark.parametrize("window", [(0.9, 0.1), (-0.1, 0.5), (0.5, 1.2), (0.5, 0.5)])
 def test_a_window_that_is_not_a_range_is_refused(window):
     with pytest.raises(ValueError, match="window="):
-        critical_tokens(signals_of(BUMP, grid=(4, 4)), window=window)
+        critical_tokens(signals_of(BUMP, layout=Layout.raster(4, 4)), window=window)
 
 
 def test_text_is_a_grid_of_one_row_and_padding_does_not_exist():
@@ -156,7 +157,7 @@ def test_disjoint_sets_step_aside_and_union_may_overlap():
     # Struct is {12}, init {0}. Similarity is lowest at 0, then 12, then 15.
     alike = torch.ones(1, 16)
     alike[0, 0], alike[0, 12], alike[0, 15] = 0.0, 0.1, 0.2
-    signals = signals_of(BUMP, alike, grid=(4, 4))
+    signals = signals_of(BUMP, alike, layout=Layout.raster(4, 4))
     masks = critical_tokens(signals)
     assert list(masks) == ["initial", "entropy_gradient", "similarity", "critical"]
     assert {name: picks(mask)[0] for name, mask in masks.items()} == {
@@ -178,7 +179,7 @@ def test_every_image_trains_on_three_floored_tenths(side, total):
     generator = torch.Generator().manual_seed(side)
     entropy = torch.rand(3, side * side, generator=generator).round(decimals=1)  # many ties
     alike = torch.rand(3, side * side, generator=generator)
-    masks = critical_tokens(signals_of(entropy, alike, grid=(side, side)))
+    masks = critical_tokens(signals_of(entropy, alike, layout=Layout.raster(side, side)))
     assert masks["critical"].sum(dim=1).tolist() == [total] * 3
     assert [int(masks[name].sum()) for name in ("initial", "entropy_gradient", "similarity")] == [total] * 3
 
@@ -199,7 +200,7 @@ def test_equals_the_released_procedure_row_by_row():
     generator = torch.Generator().manual_seed(1)
     entropy = torch.rand(5, 144, generator=generator).round(decimals=1)
     alike = torch.rand(5, 144, generator=generator).round(decimals=1)
-    masks = critical_tokens(signals_of(entropy, alike, grid=(12, 12)))
+    masks = critical_tokens(signals_of(entropy, alike, layout=Layout.raster(12, 12)))
     for row in range(5):
         expected = released_selection(entropy[row], alike[row], 12)
         seen = tuple(picks(masks[name])[row] for name in ("initial", "entropy_gradient", "similarity"))
@@ -227,7 +228,7 @@ def test_rows_of_different_length_select_from_their_own_tokens():
 def test_without_smoothing_the_gradient_is_that_of_the_entropy_itself():
     # a 4 x 4 map, zero but for 8 at index 5. Central differences: (8 - 0) / 2 = 4 at its neighbours, of which 1 and 4
     # lie on a border, where the difference is one-sided: 1 has 8 - 0 = 8 down, 4 has 8 - 0 = 8 to the right.
-    peak = signals_of(torch.zeros(1, 16).index_fill(1, torch.tensor([5]), 8.0), grid=(4, 4))
+    peak = signals_of(torch.zeros(1, 16).index_fill(1, torch.tensor([5]), 8.0), layout=Layout.raster(4, 4))
     raw = critical_tokens(peak, "entropy_gradient", 2 / 16, window=(0, 1), smoothing=False)
     assert picks(raw["critical"]) == [[1, 4]]
     # smoothed, the peak is spread over the cells drawn after it, and the steepest ones are others
@@ -293,7 +294,7 @@ def test_a_short_text_keeps_as_many_tokens_a_strategy_as_asked():
 
 
 def test_a_strategy_that_takes_a_window_receives_it():
-    signals = signals_of(torch.tensor([[1.0, 2, 3, 4, 2, 4, 6, 8, 1, 1, 1, 1, 9, 1, 1, 1]]), grid=(4, 4))
+    signals = signals_of(torch.tensor([[1.0, 2, 3, 4, 2, 4, 6, 8, 1, 1, 1, 1, 9, 1, 1, 1]]), layout=Layout.raster(4, 4))
     assert picks(critical_tokens(signals, "entropy_gradient")["critical"]) == [[11]]
     assert picks(critical_tokens(signals, "entropy_gradient", window=(0.0, 1.0))["critical"]) == [[14]]
 
@@ -320,7 +321,7 @@ def test_a_strategy_that_takes_a_window_receives_it():
 )
 def test_errors_say_what_to_change(call, message):
     with pytest.raises(ValueError, match=message):
-        call(signals_of(BUMP, grid=(4, 4)))
+        call(signals_of(BUMP, layout=Layout.raster(4, 4)))
 
 
 def test_the_advice_of_the_error_works():

@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 
+from gcpo_trl.objective.layout import Layout
 from gcpo_trl.objective.signals import Signals
 from gcpo_trl.plugins import available
 
@@ -13,6 +14,7 @@ PACKAGE = "gcpo_trl.objective.selection"
 WRAPPERS = {"complement"}  # takes a selection, is not one
 COUNTLESS = {"everything"}  # ignores `count` by definition
 UNRANKED = {"random"}  # has no ties; its draw is tested in test_selection.py
+LAYOUTS = [None, Layout.raster(5, 8), Layout(((1, 1), (2, 3), (3, 11)))]
 NAMES = sorted(set(available(PACKAGE)) - WRAPPERS)
 
 
@@ -26,13 +28,13 @@ def select(name):
     return importlib.import_module(f"{PACKAGE}.{name}").select
 
 
-def make_signals(grid=None):
-    """Three rows of 40; with a grid, images; without one, texts of 40, 30 and 20 tokens."""
+def make_signals(layout=None):
+    """Three rows of 40; with a layout, images; without one, texts of 40, 30 and 20 tokens."""
     generator = torch.Generator().manual_seed(7)
     entropy, similarity = torch.rand(3, 40, generator=generator), torch.rand(3, 40, generator=generator)
-    lengths = torch.tensor([40, 40, 40] if grid else [40, 30, 20])
+    lengths = torch.tensor([40, 40, 40] if layout else [40, 30, 20])
     valid = torch.arange(40)[None, :] < lengths[:, None]
-    return Signals(entropy.requires_grad_(), similarity.requires_grad_(), valid, grid, generator)
+    return Signals(entropy.requires_grad_(), similarity.requires_grad_(), valid, layout, generator)
 
 
 def eligible_in(signals):
@@ -47,10 +49,10 @@ def expected_count(name, count, eligible):
     return there if name in COUNTLESS else torch.minimum(torch.as_tensor(count).expand(3), there)
 
 
-@pytest.mark.parametrize("grid", [None, (5, 8)])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("count", [0, 1, 5, 39, [5, 0, 39]])
-def test_exactly_count_and_only_eligible_tokens(name, select, grid, count):
-    signals = make_signals(grid)
+def test_exactly_count_and_only_eligible_tokens(name, select, layout, count):
+    signals = make_signals(layout)
     eligible = eligible_in(signals)
     count = torch.tensor(count) if isinstance(count, list) else count
     critical = select(signals, eligible, count)
@@ -65,9 +67,9 @@ def test_nothing_eligible_gives_nothing(select):
     assert not select(signals, torch.zeros_like(signals.valid), 5).any()
 
 
-@pytest.mark.parametrize("grid", [None, (5, 8)])
-def test_deterministic_without_gradient_and_without_writing(select, grid):
-    first, second = make_signals(grid), make_signals(grid)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_deterministic_without_gradient_and_without_writing(select, layout):
+    first, second = make_signals(layout), make_signals(layout)
     eligible = eligible_in(first)
     before = eligible.clone()
     critical = select(first, eligible, 5)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from gcpo_trl.objective.layout import Layout
 from gcpo_trl.objective.signals import Signals, SignalsOnDemand, entropy, group_similarity, group_similarity_from_ids
 
 
@@ -121,9 +122,9 @@ def test_similarity_carries_no_gradient():
 
 def test_a_grid_that_does_not_fit_says_what_was_seen():
     flat = torch.zeros(1, 6)
-    Signals(flat, flat, flat == 0, grid=(2, 3))
-    with pytest.raises(ValueError, match=r"grid=\(2, 4\).*8 cells.*seq=6"):
-        Signals(flat, flat, flat == 0, grid=(2, 4))
+    Signals(flat, flat, flat == 0, layout=Layout.raster(2, 3))
+    with pytest.raises(ValueError, match=r"\(2, 4\).*8 cells.*seq=6"):
+        Signals(flat, flat, flat == 0, layout=Layout.raster(2, 4))
 
 
 def test_signals_on_demand_are_made_when_first_read_and_once():
@@ -132,12 +133,13 @@ def test_signals_on_demand_are_made_when_first_read_and_once():
     def maker(name):
         return lambda: made.append(name) or torch.full((1, 6), float(len(made)))
 
-    signals = SignalsOnDemand({name: maker(name) for name in ("entropy", "similarity")}, flat == 0, (2, 3))
-    assert isinstance(signals, Signals) and signals.grid == (2, 3) and signals.valid.all() and made == []
+    layout = Layout.raster(2, 3)
+    signals = SignalsOnDemand({name: maker(name) for name in ("entropy", "similarity")}, flat == 0, layout)
+    assert isinstance(signals, Signals) and signals.layout == layout and signals.valid.all() and made == []
     assert torch.equal(signals.similarity, flat + 1) and made == ["similarity"]
     assert torch.equal(signals.entropy, flat + 2) and torch.equal(signals.similarity, flat + 1)
     assert made == ["similarity", "entropy"]
     with pytest.raises(AttributeError, match="no 'colour'; it makes entropy, similarity"):
         _ = signals.colour
     with pytest.raises(ValueError, match=r"8 cells.*seq=6"):
-        SignalsOnDemand({}, flat == 0, grid=(2, 4))
+        SignalsOnDemand({}, flat == 0, layout=Layout.raster(2, 4))

@@ -3,10 +3,10 @@
 map -> causal local mean (Eq. 4) -> central difference -> largest magnitudes
 """
 
-from einops import rearrange
 from jaxtyping import Bool
 from torch import Tensor
 
+from gcpo_trl.objective.layout import Layout
 from gcpo_trl.objective.selection._ranking import Count, floor_share, highest
 from gcpo_trl.objective.signals import Signals
 from gcpo_trl.objective.spatial import causal_neighborhood_mean, gradient_magnitude
@@ -24,18 +24,18 @@ def select(
 ) -> Bool[Tensor, "batch seq"]:
     """The `count` eligible positions inside the window with the largest gradient magnitude; ties: lower index.
 
-    A row gets fewer than `count` where the window holds fewer eligible positions. A sequence without a grid is a
-    grid of one row, in which padding does not exist. Without `smoothing` the gradient is that of the entropy itself.
+    A row gets fewer than `count` where the window holds fewer eligible positions. Each grid of the layout has a map and
+    a gradient of its own. A sequence without a layout is a grid of one row, in which padding does not exist. Without
+    `smoothing` the gradient is that of the entropy itself.
 
     Gradient: none.
     """
-    height, width = signals.grid or (1, signals.entropy.shape[-1])
-    layout = "batch (height width) -> batch height width"
-    valid = rearrange(signals.valid, layout, height=height, width=width)
-    entropy = rearrange(signals.entropy, layout, height=height, width=width)
-    surface = causal_neighborhood_mean(entropy, valid) if smoothing else entropy
-    magnitude = rearrange(gradient_magnitude(surface, valid), "batch height width -> batch (height width)")
-    return highest(magnitude, eligible & inside(window, signals.valid), count)
+    layout = signals.layout or Layout.raster(1, signals.entropy.shape[-1])
+    magnitudes = []
+    for entropy, valid in zip(layout.maps(signals.entropy), layout.maps(signals.valid), strict=True):
+        surface = causal_neighborhood_mean(entropy, valid) if smoothing else entropy
+        magnitudes.append(gradient_magnitude(surface, valid))
+    return highest(layout.joined(magnitudes), eligible & inside(window, signals.valid), count)
 
 
 def inside(window: tuple[float, float], valid: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:

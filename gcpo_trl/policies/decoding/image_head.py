@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
+from .constraint import Constraint
+
 CHUNK = 2048  # positions a tile: 2048 x 16384 fp32 logits are 134 MB
 DECODE_BATCH = 16  # pictures a call of a VQ decoder, whose activations dwarf its output
 
@@ -31,7 +33,9 @@ class ImageScores(ModelOutput):
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Which tokens the head scores. ``positions`` carry gradient, None means all; ``rest``: the others too, without.
+    """Which tokens the head scores. ``positions`` carry gradient; None means all.
+
+    rest: also score the positions that do not train, without gradient.
 
     entropy_gradient: let gradient flow through the entropies, which keeps several copies of the logits of a tile.
     """
@@ -51,15 +55,20 @@ def score_tokens(
     temperature: float,
     chunk: int = CHUNK,
     scored: Scored = ALL,
+    constraint: Constraint | None = None,
 ) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"]]:
     """``(log_probs, entropies)`` of ``tokens``, fp32, tile by tile; tiles are recomputed in the backward pass.
 
-    Both are 0 where ``scored`` leaves a token out.
+    Both are 0 where ``scored`` leaves a token out. Codes that ``constraint`` forbids have probability zero, as they had
+    while sampling.
     Gradient: flows to ``hidden`` and the head from the positions that ``scored`` names.
     """
 
-    def tile(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs = (head(states).float() / temperature).log_softmax(-1)
+    def tile(states: Tensor, ids: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(states).float() / temperature
+        if constraint is not None:
+            logits = logits.masked_fill(~constraint.allowed[kinds], -torch.inf)
+        log_probs = logits.log_softmax(-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and scored.entropy_gradient):
             # The smallest number instead of -inf, because 0 * -inf is NaN, and so is its gradient.
             entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
@@ -68,23 +77,24 @@ def score_tokens(
     # As many calls of the head on every rank, however many tokens each selects: a sharded head is gathered at each.
     count = -(-tokens.numel() // chunk)
 
-    def score(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def score(states: Tensor, ids: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
         several = count > 1 and torch.is_grad_enabled()
         tiles = [
-            checkpoint(tile, part, own, use_reentrant=False) if several else tile(part, own)
-            for part, own in zip(states.tensor_split(count), ids.tensor_split(count), strict=True)
+            checkpoint(tile, *parts, use_reentrant=False) if several else tile(*parts)
+            for parts in zip(*(each.tensor_split(count) for each in (states, ids, kinds)), strict=True)
         ]
         log_probs, entropies = (torch.cat(parts) for parts in zip(*tiles, strict=True))
         return log_probs, entropies
 
+    kinds = tokens if constraint is None else constraint.kinds.expand_as(tokens)  # without a constraint nobody reads it
     if scored.positions is None:
-        log_probs, entropies = score(hidden.flatten(0, 1), tokens.flatten())
+        log_probs, entropies = score(hidden.flatten(0, 1), tokens.flatten(), kinds.flatten())
         return log_probs.view(tokens.shape), entropies.view(tokens.shape)
     both = [hidden.new_zeros(tokens.shape, dtype=torch.float32) for _ in range(2)]
     for where, graded in ((scored.positions, True), (~scored.positions, False)):
         if graded or scored.rest:
             with torch.set_grad_enabled(torch.is_grad_enabled() and graded):
-                found = score(hidden[where], tokens[where])
+                found = score(hidden[where], tokens[where], kinds[where])
             both = [whole.masked_scatter(where, part) for whole, part in zip(both, found, strict=True)]
     return both[0], both[1]
 

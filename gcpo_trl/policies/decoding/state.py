@@ -47,15 +47,16 @@ class DecodeState:
     table: Tensor | None = None
 
     def step(self, tokens: Tensor) -> NextLogits:
-        """Append one token a row, ``(batch,)``; the unconditional rows see the same token."""
+        """Append the newest token of each image, ``(batch, 1)``; the unconditional rows see the same token."""
+        tokens = tokens[:, 0]
         embeddings = self.embed(tokens).to(self.dtype) if self.table is None else self.table[tokens]
         if self.guided:
             embeddings = embeddings.repeat(2, 1)
         return self.next(self.decoder.step(embeddings))
 
     def next(self, hidden: Tensor) -> NextLogits:
-        """Logits from the last hidden states ``(rows, dim)``."""
-        logits = self.head(hidden)
+        """Logits ``(batch, 1, vocab)`` from the last hidden states ``(rows, dim)``."""
+        logits = self.head(hidden)[:, None]
         return NextLogits(logits[: self.batch], logits[self.batch :] if self.guided else None)
 
     # What a captured step needs (`base.FixedState`)
