@@ -16,7 +16,7 @@ export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install weights check layers sizes smoke test demo learn bench gpu shapes-model format
+.PHONY: help install weights check layers sizes smoke test demo learn bench gpu docs notebooks shapes-model format
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  \1\t/' | expand -t 18
@@ -66,6 +66,12 @@ bench: $(STAMP)  ## speed and memory beside their peers: outputs/bench.json
 
 gpu: $(STAMP)  ## parity on real weights; set GCPO_WEIGHTS
 	$(BIN)/pytest -m 'gpu or weights' tests
+
+docs: $(STAMP)  ## browsable pages of the API: outputs/docs/index.html
+	$(BIN)/python .ci/docs.py
+
+notebooks: $(STAMP)  ## run the notebooks and store them with their outputs
+	$(BIN)/python recipes/notebooks/execute.py
 
 shapes-model: $(STAMP)  ## rebuild a tiny model of the shapes world: MODEL=janus or llamagen
 	$(BIN)/gcpo shapes-model --model $(MODEL)
