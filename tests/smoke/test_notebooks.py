@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
+PICTURES = {"1_drop_in": 1, "4_critical_tokens": 2}
 # What the last cell of each that says something shows.
 SHOWN = {
     "1_drop_in": "'gcpo/select/fraction': 0.296",
@@ -49,10 +51,28 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
         assert any("image/png" in out["data"] for out in pictures)
 
 
-def test_a_stored_notebook_holds_no_outputs():
-    for path in NOTEBOOKS:
-        cells = json.loads(path.read_text())["cells"]
-        assert not any(cell.get("outputs") for cell in cells), f"{path.name}: clear its outputs"
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_stored_notebook_has_its_outputs(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in cells), f"{path.name} was not run to its end: make notebooks"
+    text = "".join(shown_by(cell) for cell in cells)
+    assert SHOWN[path.stem] in text.replace("\n", "")
+    pictures = sum("image/png" in out.get("data", {}) for cell in cells for out in cell.outputs)
+    assert pictures == PICTURES.get(path.stem, 0)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_stored_notebook_is_small_and_says_nothing_of_the_machine(path):
+    assert path.stat().st_size < 500_000
+    outputs = [out for cell in json.loads(path.read_text())["cells"] for out in cell.get("outputs", [])]
+    assert not any(out.get("name") == "stderr" for out in outputs)
+    assert not re.search(
+        r"(?<![\w.])/(tmp|root|home|work|Users)\b", json.dumps([_without_pictures(out) for out in outputs])
+    )
+
+
+def _without_pictures(output):
+    return {**output, "data": {k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}}
 
 
 def test_the_first_notebook_is_the_readmes_example():
