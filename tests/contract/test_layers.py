@@ -1,4 +1,4 @@
-"""Imports go down only (ARCHITECTURE: the house). Read from the source, so that imports inside functions count too."""
+"""Imports go down only, by folder. Read from the source, so that imports inside functions count too."""
 
 import ast
 import sys
@@ -91,7 +91,7 @@ def test_every_folder_has_a_place_in_the_order():
         folder_of(path.relative_to(ROOT).as_posix()) for path in files() if path.is_relative_to(ROOT / "gcpo_trl")
     }
     unplaced = {folder for folder in folders if folder is not None} - set(HEIGHT)
-    assert not unplaced, f"{sorted(unplaced)} have no level: name them in ORDER here and in ARCHITECTURE"
+    assert not unplaced, f"{sorted(unplaced)} have no level: name them in ORDER, run recipes/pictures/architecture.py"
 
 
 def test_imports_go_down_only():

@@ -1,4 +1,4 @@
-"""Functions and files stay short (STYLE 20), and a few things stay out of the code altogether (STYLE 14, 17).
+"""Functions and files stay short, and a few things stay out of the code altogether (CONTRIBUTING.md).
 
 The limits, and the ported files that may exceed them, stand in setup.cfg under [gcpo:limits].
 """

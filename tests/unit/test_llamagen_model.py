@@ -98,7 +98,7 @@ def test_one_code_at_a_time_from_a_cache_is_the_whole(text):
 
 
 def test_rotation_is_zero_before_the_image_and_starts_upright():
-    # METHODS TV-L1: a grid of 4 behind 4 prefix positions, 8 channels: f = 1 and 10000^(-1/2) = 0.01.
+    # A grid of 4 behind 4 prefix positions, 8 channels: f = 1 and 10000^(-1/2) = 0.01.
     config = LlamaGenConfig(
         hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8, grid_size=4, condition_tokens=4
     )
