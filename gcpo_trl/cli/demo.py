@@ -49,7 +49,7 @@ def show(trainer: Any, options: argparse.Namespace) -> int:
     sampling = Sampling(guidance_scale=args.rollout_guidance_scale, batch_size=256)
 
     say("Held-out prompts before training:")
-    before = evaluate(policy, sampling, images_a_prompt=options.images)
+    before = evaluate(policy, sampling, images_per_prompt=options.images)
     say(before.table())
     shown = shown_prompts()
     first = draw(policy, shown, sampling)
@@ -59,7 +59,7 @@ def show(trainer: Any, options: argparse.Namespace) -> int:
     trainer.save_model(args.output_dir)
 
     say("\nHeld-out prompts after training:")
-    after = evaluate(policy, sampling, images_a_prompt=options.images)
+    after = evaluate(policy, sampling, images_per_prompt=options.images)
     say(after.table())
     files = write_pictures(options.out, trainer, shown, first, draw(policy, shown, sampling), sampling)
     summary = {"before": json.loads(before.to_json()), "after": json.loads(after.to_json())}

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, nargs="+", default=[], help="files of prompts, where it has none")
     parser.add_argument("--rewards", nargs="+", default=[], metavar="NAME", help="judge by these instead of its own")
     add_model_arguments(parser)
-    parser.add_argument("--images-a-prompt", "--images", type=int, default=None, help="the benchmark's own number")
+    parser.add_argument("--images-per-prompt", "--images", type=int, default=None, help="the benchmark's own number")
     parser.add_argument(
         "--diversity",
         nargs="?",
@@ -70,16 +70,16 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
         policy = load_policy(options)
         return lambda: report_ground_truth(policy)
     ranks = this_rank(options)
-    benchmark = choose(options.benchmark, options.prompts, options.rewards, options.images_a_prompt, options.limit)
+    benchmark = choose(options.benchmark, options.prompts, options.rewards, options.images_per_prompt, options.limit)
     if options.diversity:
-        gauge = choose_gauge(options.diversity, benchmark.images_a_prompt)
+        gauge = choose_gauge(options.diversity, benchmark.images_per_prompt)
         benchmark = dataclasses.replace(benchmark, gauge=gauge)
     policy = load_policy(options)
     seed = SEED + options.seed
     settings = settings_of(policy, benchmark, sampling_of(options), seed, options.model, options.adapter)
     if options.out is None:
         return lambda: evaluate_unkept(policy, benchmark, settings, options)
-    folder = Folder(options.out.with_suffix(""), benchmark.images_a_prompt)
+    folder = Folder(options.out.with_suffix(""), benchmark.images_per_prompt)
     if ranks.rank == 0:
         folder.open(settings, replace=options.force)
     if ranks.world > 1:
@@ -110,7 +110,7 @@ def this_rank(options: argparse.Namespace) -> Ranks:
 def evaluate_unkept(policy: Any, benchmark: Benchmark, settings: dict[str, Any], options: argparse.Namespace) -> int:
     """Evaluate over pictures that are gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="gcpo-") as kept:
-        folder = Folder(Path(kept), benchmark.images_a_prompt)
+        folder = Folder(Path(kept), benchmark.images_per_prompt)
         folder.open(settings)
         return evaluate(policy, benchmark, folder, settings, Ranks(), options)
 

@@ -63,7 +63,7 @@ def train_world(options: argparse.Namespace) -> int:
     learner.save(options.out, torch.bfloat16)
     policy = learner.policy()
     for scale in (1.0, 1.5, 2.0, 3.0, 5.0):
-        report = evaluate(policy, Sampling(guidance_scale=scale, batch_size=256), images_a_prompt=2)
+        report = evaluate(policy, Sampling(guidance_scale=scale, batch_size=256), images_per_prompt=2)
         say(f"\nguidance {scale:g}\n{report.table()}")
     say(f"\nwritten to {options.out}")
     return 0

@@ -116,20 +116,20 @@ def train_and_judge(run: Run) -> dict[str, Any]:
 
 def benchmark_of(measure: Measure) -> Benchmark:
     """Prompts and judges, asked once: what they lack is seen before anything trains."""
-    benchmark = choose(measure.benchmark, images_a_prompt=measure.images_a_prompt, limit=measure.limit)
+    benchmark = choose(measure.benchmark, images_per_prompt=measure.images_per_prompt, limit=measure.limit)
     known = ask_once(benchmark)
     if measure.measure not in known:
         raise ValueError(f"measure {measure.measure!r} is none of {measure.benchmark}: {', '.join(known)}")
     if not measure.diversity:
         return benchmark
-    return dataclasses.replace(benchmark, gauge=choose_gauge(measure.diversity, benchmark.images_a_prompt))
+    return dataclasses.replace(benchmark, gauge=choose_gauge(measure.diversity, benchmark.images_per_prompt))
 
 
 def judged(run: Run, benchmark: Benchmark, policy: Any, scale: float, scratch: Path) -> dict[str, Any]:
     """The benchmark's report at one guidance scale."""
     sampling = Sampling(guidance_scale=scale, batch_size=run.measure.batch_size)
     settings = settings_of(policy, benchmark, sampling, EVALUATION_SEED, "in training", None)
-    folder = Folder(scratch / f"pictures_{scale:g}", benchmark.images_a_prompt)
+    folder = Folder(scratch / f"pictures_{scale:g}", benchmark.images_per_prompt)
     folder.open(settings)
     return draw_and_judge(policy, benchmark, folder, settings)
 

@@ -53,7 +53,7 @@ class Benchmark:
     rows: Sequence[Row]
     tasks: Sequence[str]
     judges: Mapping[str, Judge]
-    images_a_prompt: int
+    images_per_prompt: int
     judged_by: Mapping[str, Any] = field(default_factory=dict)
     headings: Mapping[str, str] = field(default_factory=dict)
     scale: float = 1.0
@@ -66,20 +66,20 @@ def choose(
     name: str,
     prompts: Sequence[Path] = (),
     rewards: Sequence[Any] = (),
-    images_a_prompt: int | None = None,
+    images_per_prompt: int | None = None,
     limit: int | None = None,
 ) -> Benchmark:
     """The benchmark `name`, its judges loaded and asked once, so that what they lack is seen before anything is drawn.
 
-    images_a_prompt: None is the benchmark's. limit: so many of its prompts, evenly spaced. Raises ValueError.
+    images_per_prompt: None is the benchmark's. limit: so many of its prompts, evenly spaced. Raises ValueError.
     """
-    if images_a_prompt is not None:
-        check_count("--images-a-prompt", images_a_prompt, least=1, hint="write the images of a prompt, such as 4")
+    if images_per_prompt is not None:
+        check_count("--images-per-prompt", images_per_prompt, least=1, hint="write the images of a prompt, such as 4")
     if limit is not None:
         check_count("--limit", limit, least=1, hint="write how many prompts, such as 20")
     benchmark: Benchmark = resolve(name, PACKAGE, "benchmark")(list(prompts), list(rewards))
-    if images_a_prompt is not None:
-        benchmark = dataclasses.replace(benchmark, images_a_prompt=images_a_prompt)
+    if images_per_prompt is not None:
+        benchmark = dataclasses.replace(benchmark, images_per_prompt=images_per_prompt)
     if limit is not None and limit < len(benchmark.rows):
         kept = [index * len(benchmark.rows) // limit for index in range(limit)]
         rows, tasks = [benchmark.rows[i] for i in kept], [benchmark.tasks[i] for i in kept]
@@ -101,12 +101,12 @@ def ask_once(benchmark: Benchmark) -> list[str]:
 
 
 def from_rewards(
-    name: str, rows: Sequence[Row], tasks: Sequence[str], rewards: Sequence[Any], images_a_prompt: int, **more: Any
+    name: str, rows: Sequence[Row], tasks: Sequence[str], rewards: Sequence[Any], images_per_prompt: int, **more: Any
 ) -> Benchmark:
     """A benchmark whose every task is judged by these rewards."""
     judge, labels = rewards_judge(rewards, rows)
     judges = dict.fromkeys(tasks, judge)
-    return Benchmark(name, ", ".join(labels), rows, tasks, judges, images_a_prompt, **more)
+    return Benchmark(name, ", ".join(labels), rows, tasks, judges, images_per_prompt, **more)
 
 
 def rewards_judge(rewards: Sequence[Any], rows: Sequence[Row]) -> tuple[Judge, list[str]]:

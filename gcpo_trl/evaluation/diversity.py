@@ -84,11 +84,11 @@ def diversity(
     return {name: mean_and_error([value[name] for value in values]) for name in values[0]}
 
 
-def choose_gauge(features: str, images_a_prompt: int) -> Gauge:
+def choose_gauge(features: str, images_per_prompt: int) -> Gauge:
     """The gauge of these features, with LPIPS where ``LPIPS_WEIGHTS`` is set. Raises ValueError."""
-    if images_a_prompt < 2:
+    if images_per_prompt < 2:
         raise ValueError(
-            f"diversity compares the pictures of a prompt, and there is {images_a_prompt}; write --images-a-prompt 2 "
+            f"diversity compares the pictures of a prompt, and there is {images_per_prompt}; write --images-per-prompt 2 "
             "or more"
         )
     function, label = space_of(features)

@@ -47,7 +47,7 @@ def with_diversity(report: Mapping[str, Any], benchmark: Benchmark, folder: Fold
 
 def measure_folder(benchmark: Benchmark, folder: Folder, ranks: Ranks) -> list[dict[str, float]]:
     """The measures of each prompt; each rank measures its share and all know all."""
-    size, prompts = benchmark.images_a_prompt, len(benchmark.rows)
+    size, prompts = benchmark.images_per_prompt, len(benchmark.rows)
     each = max(1, AT_ONCE // size)
     parts = ranks.share([range(start, min(start + each, prompts)) for start in range(0, prompts, each)])
     own: list[tuple[int, dict[str, float]]] = []

@@ -28,10 +28,10 @@ PART = ".part"
 
 
 class Folder:
-    """Picture `index` is sample ``index % images_a_prompt`` of prompt ``index // images_a_prompt``."""
+    """Picture `index` is sample ``index % images_per_prompt`` of prompt ``index // images_per_prompt``."""
 
-    def __init__(self, path: Path, images_a_prompt: int) -> None:
-        self.path, self.images_a_prompt = path, images_a_prompt
+    def __init__(self, path: Path, images_per_prompt: int) -> None:
+        self.path, self.images_per_prompt = path, images_per_prompt
 
     def open(self, settings: Mapping[str, Any], replace: bool = False) -> None:
         """Begin, or go on where these settings began; one process does. Raises ValueError on another run's folder.
@@ -61,7 +61,7 @@ class Folder:
 
     def picture_path(self, index: int) -> Path:
         """Where picture `index` lies."""
-        prompt, sample = divmod(index, self.images_a_prompt)
+        prompt, sample = divmod(index, self.images_per_prompt)
         return self.path / f"{prompt:05d}" / "samples" / f"{sample:04d}.png"
 
     def has(self, index: int) -> bool:

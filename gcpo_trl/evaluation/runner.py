@@ -43,7 +43,7 @@ def settings_of(
         "benchmark": benchmark.name,
         "prompts": len(benchmark.rows),
         "prompts_sha256": hashlib.sha256(rows).hexdigest(),
-        "images_a_prompt": benchmark.images_a_prompt,
+        "images_per_prompt": benchmark.images_per_prompt,
         "model": model,
         "adapter": adapter,
         "weights": fingerprint(policy.model),
@@ -71,7 +71,7 @@ def draw(policy: Any, benchmark: Benchmark, folder: Folder, sampling: Sampling, 
 
     A batch of which any is missing is drawn whole: in another batch, rounding could change a picture.
     """
-    total = len(benchmark.rows) * benchmark.images_a_prompt
+    total = len(benchmark.rows) * benchmark.images_per_prompt
     size = sampling.batch_size or total
     batches = ranks.share([range(start, min(start + size, total)) for start in range(0, total, size)])
     images = sum(map(len, batches))
@@ -80,7 +80,7 @@ def draw(policy: Any, benchmark: Benchmark, folder: Folder, sampling: Sampling, 
             missing = {index for index in batch if not folder.has(index)}
             progress.update(len(batch) - len(missing))
             if missing:
-                rows = [benchmark.rows[index // benchmark.images_a_prompt] for index in batch]
+                rows = [benchmark.rows[index // benchmark.images_per_prompt] for index in batch]
                 rollout = sample(policy, [row["prompt"] for row in rows], seed, batch, sampling)
                 drawn = drawn_of(policy.decode(rollout.tokens), rollout)
                 for index, row, one in zip(batch, rows, drawn, strict=True):
@@ -96,7 +96,7 @@ def judge(benchmark: Benchmark, folder: Folder, ranks: Ranks) -> list[dict[str, 
     images = sum(len(indices) for _, indices in parts)
     with tqdm(total=images, desc="judged", unit="image", disable=ranks.rank > 0) as progress:
         for task, indices in parts:
-            rows = [benchmark.rows[index // benchmark.images_a_prompt] for index in indices]
+            rows = [benchmark.rows[index // benchmark.images_per_prompt] for index in indices]
             values = benchmark.judges[task](rows, [folder.read(index) for index in indices])
             own += [(index, {m: values[m][place] for m in values}) for place, index in enumerate(indices)]
             progress.update(len(indices))
@@ -108,8 +108,8 @@ def parts_to_judge(benchmark: Benchmark) -> list[tuple[str, list[int]]]:
     """Task and indices of the pictures that are judged together."""
     of_task: dict[str, list[int]] = {}
     for prompt, task in enumerate(benchmark.tasks):
-        first = prompt * benchmark.images_a_prompt
-        of_task.setdefault(task, []).extend(range(first, first + benchmark.images_a_prompt))
+        first = prompt * benchmark.images_per_prompt
+        of_task.setdefault(task, []).extend(range(first, first + benchmark.images_per_prompt))
     return [
         (task, indices[start : start + JUDGED_AT_ONCE])
         for task, indices in of_task.items()
@@ -134,7 +134,7 @@ def run(
     report = {
         "benchmark": benchmark.name,
         "label": benchmark.label,
-        "images": len(benchmark.rows) * benchmark.images_a_prompt,
+        "images": len(benchmark.rows) * benchmark.images_per_prompt,
         "scale": benchmark.scale,
         "overall_over": "prompts" if benchmark.by_prompts else "tasks",
         **summarize(benchmark, rows, most_failed),

@@ -39,7 +39,7 @@ def by_prompt(benchmark: Benchmark, scores: Scores) -> list[dict[str, Any]]:
     """A row a prompt: ``prompt``, ``task``, and of each measure its pictures' values in order."""
     rows = []
     for index, (row, task) in enumerate(zip(benchmark.rows, benchmark.tasks, strict=True)):
-        pictures = scores[index * benchmark.images_a_prompt : (index + 1) * benchmark.images_a_prompt]
+        pictures = scores[index * benchmark.images_per_prompt : (index + 1) * benchmark.images_per_prompt]
         values = {measure: [picture[measure] for picture in pictures] for measure in pictures[0]}
         rows.append({"prompt": row["prompt"], "task": task, "values": values})
     return rows

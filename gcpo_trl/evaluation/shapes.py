@@ -62,21 +62,21 @@ def evaluate(
     policy: Any,
     sampling: Sampling,
     specs: Sequence[Spec] | None = None,
-    images_a_prompt: int = IMAGES_A_PROMPT,
+    images_per_prompt: int = IMAGES_A_PROMPT,
     seed: int = 1234,
     rank: int = 0,
     world: int = 1,
     diversity: bool = False,
 ) -> Report:
-    """Draw ``images_a_prompt`` pictures of every spec (default: the held-out set) and judge them.
+    """Draw ``images_per_prompt`` pictures of every spec (default: the held-out set) and judge them.
 
     Of ``world`` processes, all of which must call this, each draws its share; the images do not depend on the split.
     diversity: also how much the pictures of a prompt differ: "vendi", "pairwise_distance", "disagreement", "entropy".
     """
-    if diversity and images_a_prompt < 2:
-        raise ValueError(f"images_a_prompt={images_a_prompt} leaves nothing to compare; diversity needs 2 or more")
+    if diversity and images_per_prompt < 2:
+        raise ValueError(f"images_per_prompt={images_per_prompt} leaves nothing to compare; diversity needs 2 or more")
     specs = held_out_specs() if specs is None else list(specs)
-    specs = [spec for spec in specs for _ in range(images_a_prompt)]
+    specs = [spec for spec in specs for _ in range(images_per_prompt)]
     mine = list(range(rank, len(specs), world))
     rollout = sample(policy, [specs[i].prompt for i in mine], seed, mine, sampling)
     drawn = zip(mine, drawn_of(policy.decode(rollout.tokens), rollout), strict=True)
@@ -85,9 +85,9 @@ def evaluate(
     report = summarize(specs, [judged for _, judged, _ in every], asdict(sampling) | {"seed": seed})
     if not diversity:
         return report
-    groups = [[one for _, _, one in every[i : i + images_a_prompt]] for i in range(0, len(every), images_a_prompt)]
+    groups = [[one for _, _, one in every[i : i + images_per_prompt]] for i in range(0, len(every), images_per_prompt)]
     gauge = Gauge(*space_of(FEATURES))
-    return with_values(report, measure(groups, gauge), [spec.tag for spec in specs[::images_a_prompt]], gauge.label)
+    return with_values(report, measure(groups, gauge), [spec.tag for spec in specs[::images_per_prompt]], gauge.label)
 
 
 def with_values(report: Report, values: Sequence[Mapping[str, float]], tags: Sequence[str], features: str) -> Report:

@@ -140,7 +140,7 @@ class HeldOutCallback(TrainerCallback):
                      those that train. None for an image leaves it out of the mean
     prompts          a list of strings, a list of rows or a dataset with a column ``prompt``; other columns reach the
                      rewards as they do in training
-    images_a_prompt  images of each prompt
+    images_per_prompt  images of each prompt
     every            optimizer steps between two looks; there is one before the first step, too
     seed             of the images, which are the same at every look except for what was learnt
     guidance         classifier-free guidance; None is ``rollout_guidance_scale``
@@ -156,19 +156,19 @@ class HeldOutCallback(TrainerCallback):
         self,
         rewards: Any,
         prompts: Any,
-        images_a_prompt: int = 4,
+        images_per_prompt: int = 4,
         every: int = 50,
         seed: int = 1234,
         guidance: float | None = None,
     ) -> None:
-        check_count("images_a_prompt", images_a_prompt, least=1, hint="write the images of a prompt, such as 4")
+        check_count("images_per_prompt", images_per_prompt, least=1, hint="write the images of a prompt, such as 4")
         check_count("every", every, least=1, hint="write the optimizer steps between two looks, such as 50")
         check_count("seed", seed, least=0, hint="write a seed, such as 1234")
         if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
             raise ValueError(f"guidance={guidance} must be a finite number >= 0; 1 is none, None is that of training")
         self.rewards = named_rewards(rewards)
         self.rows = prompt_rows(prompts)
-        self.images_a_prompt, self.every, self.seed, self.guidance = images_a_prompt, every, seed, guidance
+        self.images_per_prompt, self.every, self.seed, self.guidance = images_per_prompt, every, seed, guidance
         self._trainer: Any = None
         self._fallen: set[str] = set()
 
@@ -204,9 +204,9 @@ class HeldOutCallback(TrainerCallback):
     def _measure(self) -> dict[str, Measured]:
         accelerator = self._trainer.accelerator
         indices, own = split(
-            len(self.rows) * self.images_a_prompt, accelerator.process_index, accelerator.num_processes
+            len(self.rows) * self.images_per_prompt, accelerator.process_index, accelerator.num_processes
         )
-        rows = [self.rows[index // self.images_a_prompt] for index in indices]
+        rows = [self.rows[index // self.images_per_prompt] for index in indices]
         images, tokens, entropies = self._draw([row["prompt"] for row in rows], indices)
         values: dict[str, Sequence[float | None]] = {
             name: self._score(reward, rows[:own], images[:own], tokens[:own]) if own else []

@@ -9,7 +9,7 @@
       "GRPO": {select_strategies: ["everything"], weight_form: "none"}
       "GCPO": {}
     grid: {num_generations: [4, 8]}        # optional: every arm with every combination
-    evaluate: {images_a_prompt: 3}         # optional, see `Measure`
+    evaluate: {images_per_prompt: 3}         # optional, see `Measure`
 
 A run is known by its settings, seed and measure, so studies that share an arm share its runs.
 """
@@ -41,14 +41,14 @@ PER_RUN = {"seed", "data_seed", "output_dir"}  # a study sets these itself
 class Measure:
     """How a trained model is judged, on prompts that no run has seen.
 
-    benchmark, images_a_prompt, limit: as `gcpo evaluate` has them. guidance_scales: the first counts, the others are
+    benchmark, images_per_prompt, limit: as `gcpo evaluate` has them. guidance_scales: the first counts, the others are
     further columns; empty is the recipe's own. measure: what arms are compared by. diversity: the features by which
     it is measured, "" for not at all. against: the diversity on the other axis of the Pareto picture.
     batch_size: images drawn at once.
     """
 
     benchmark: str = "shapes"
-    images_a_prompt: int | None = None
+    images_per_prompt: int | None = None
     limit: int | None = None
     guidance_scales: tuple[float, ...] = ()
     measure: str = "exact"

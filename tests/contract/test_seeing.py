@@ -157,7 +157,7 @@ def test_a_run_is_the_same_with_and_without_the_look(tiny_janus, tmp_path):
     alone = record(first := janus_trainer(tiny_janus, tmp_path / "a", max_steps=3))
     first.train()
     second = janus_trainer(tiny_janus, tmp_path / "b", max_steps=3)
-    second.add_callback(HeldOutCallback([untidy, digits], HELD_OUT, images_a_prompt=2, every=2))
+    second.add_callback(HeldOutCallback([untidy, digits], HELD_OUT, images_per_prompt=2, every=2))
     kept = record(second)
     second.train()
     assert images_of(kept) == images_of(alone) and kept.losses == alone.losses
@@ -197,7 +197,7 @@ def test_an_unchanged_policy_looks_the_same_and_the_numbers_are_right(tiny_janus
 
 def test_ranks_share_the_look(tiny_janus, tmp_path, monkeypatch):
     trainer = janus_trainer(tiny_janus, tmp_path)
-    look = HeldOutCallback(redness, HELD_OUT + HELD_OUT[:1], images_a_prompt=1)
+    look = HeldOutCallback(redness, HELD_OUT + HELD_OUT[:1], images_per_prompt=1)
     look.attach(trainer)
     whole, drawn = look._measure(), []
 
@@ -253,7 +253,7 @@ def test_the_look_asks_for_a_model_that_draws(tiny_text, tmp_path):
 def test_a_resumed_run_does_not_look_twice_at_one_step(tiny_janus, tmp_path):
     def run(steps, **changes):
         trainer = janus_trainer(tiny_janus, tmp_path, max_steps=steps, **changes)
-        trainer.add_callback(HeldOutCallback(redness, HELD_OUT, images_a_prompt=1, every=1))
+        trainer.add_callback(HeldOutCallback(redness, HELD_OUT, images_per_prompt=1, every=1))
         return trainer
 
     run(1, save_strategy="steps", save_steps=1).train()

@@ -24,7 +24,7 @@ STUDY = {
         "GCPO": {},
         "lost": {"dataset_name": "nowhere.jsonl"},
     },
-    "evaluate": {"limit": 6, "images_a_prompt": 2},
+    "evaluate": {"limit": 6, "images_per_prompt": 2},
 }
 
 

@@ -45,7 +45,7 @@ def command(tiny_janus, captions, out, *words):
     """Five prompts, two images each, in batches of 4, 4 and 2."""
     return [
         *("evaluate", "--benchmark", "prompts", "--prompts", str(captions), "--rewards", "tiny:redness"),
-        *("--model", tiny_janus, "--batch-size", "4", "--images-a-prompt", "2", "--out", str(out), *words),
+        *("--model", tiny_janus, "--batch-size", "4", "--images-per-prompt", "2", "--out", str(out), *words),
     ]
 
 
@@ -116,9 +116,9 @@ def test_a_judge_that_broke_off_judges_the_same_pictures(tiny_janus, captions, t
 
 
 def test_ranks_draw_the_pictures_that_one_process_draws(shared_policy, captions, tmp_path):
-    benchmark = choose("prompts", [captions], ["tiny:redness"], images_a_prompt=2)
+    benchmark = choose("prompts", [captions], ["tiny:redness"], images_per_prompt=2)
     for ranks in ([runner.Ranks()], [runner.Ranks(1, 2), runner.Ranks(0, 2)]):
-        folder = Folder(tmp_path / str(len(ranks)), benchmark.images_a_prompt)
+        folder = Folder(tmp_path / str(len(ranks)), benchmark.images_per_prompt)
         drawn = []
         for one in ranks:
             runner.draw(shared_policy, benchmark, folder, SAMPLING, 7, one)
@@ -202,7 +202,7 @@ def test_a_broken_picture_is_named(tmp_path):
         (["--rewards", "shape"], "did you mean 'shapes'"),
         (["--rewards", "ocr"], "quote"),
         (["--rewards", "tiny:redness", "tiny:redness"], "two rewards are called 'redness'"),
-        (["--images-a-prompt", "0"], "--images-a-prompt"),
+        (["--images-per-prompt", "0"], "--images-per-prompt"),
         (["--limit", "0"], "--limit"),
         (["--out", "report.txt"], "no ending .json"),
         (["--max-failed", "1"], "below 1"),
@@ -249,7 +249,7 @@ def sees_everything(monkeypatch):
 def test_geneval_end_to_end(tiny_janus, tmp_path, capsys, monkeypatch, sees_everything):
     monkeypatch.setenv("GENEVAL_DETECTOR", "some/detector")
     out = tmp_path / "geneval.json"
-    words = ["--model", tiny_janus, "--benchmark", "geneval", "--limit", "40", "--images-a-prompt", "1"]
+    words = ["--model", tiny_janus, "--benchmark", "geneval", "--limit", "40", "--images-per-prompt", "1"]
     assert main(["evaluate", *words, "--out", str(out)]) == 0
     report = json.loads(out.read_text())
 
@@ -274,7 +274,7 @@ def test_geneval_end_to_end(tiny_janus, tmp_path, capsys, monkeypatch, sees_ever
 
 def test_geneval_is_553_prompts_of_four_images(sees_everything):
     benchmark = choose("geneval")
-    assert (len(benchmark.rows), benchmark.images_a_prompt, benchmark.tasks.count("colors")) == (553, 4, 94)
+    assert (len(benchmark.rows), benchmark.images_per_prompt, benchmark.tasks.count("colors")) == (553, 4, 94)
     assert geneval.label_of("rt_detr", "some/rtdetr") == "GenEval (some/rtdetr)"
 
 
@@ -285,7 +285,7 @@ def test_hpsv2_reads_styles_and_is_published_times_100(tmp_path, monkeypatch):
     monkeypatch.setattr(reward_funcs.hpsv2, "scores", lambda scorer, images, texts: [0.25] * len(texts))
     benchmark = choose("hpsv2", [tmp_path])
     assert list(dict.fromkeys(benchmark.tasks)) == ["anime", "concept-art", "paintings", "photo"]
-    assert (benchmark.images_a_prompt, benchmark.groups_of, benchmark.label) == (1, 80, "HPSv2 (v2.0)")
+    assert (benchmark.images_per_prompt, benchmark.groups_of, benchmark.label) == (1, 80, "HPSv2 (v2.0)")
     scores = [{"hpsv2": 0.25}] * 12
     summary = summarize(benchmark, by_prompt(benchmark, scores), most_failed=0)
     assert summary["overall"]["hpsv2"]["mean"] == 25.0
@@ -309,7 +309,7 @@ def test_compbench_has_a_judge_a_file(tmp_path, monkeypatch):
     monkeypatch.setitem(compbench.REWARDS, "color", "tiny:redness")
     monkeypatch.setitem(compbench.REWARDS, "numeracy", lambda prompts, completions, **_: [0.5] * len(prompts))
     files = [tmp_path / "color_val.txt", tmp_path / "numeracy_val.txt"]
-    benchmark = choose("compbench", files, images_a_prompt=1)
+    benchmark = choose("compbench", files, images_per_prompt=1)
     assert benchmark.tasks == ["color_val"] * 2 + ["numeracy_val"] * 2
     white = Image.new("RGB", (8, 8), "white")
     assert benchmark.judges["color_val"](benchmark.rows[:2], [white] * 2) == {"redness": [1.0, 1.0]}
@@ -344,16 +344,16 @@ def test_columns_reach_the_reward_and_asynchronous_ones_are_awaited():
 # sums
 
 
-def made(tasks, images_a_prompt=1, **more):
+def made(tasks, images_per_prompt=1, **more):
     """A benchmark whose prompts are numbered."""
     rows = [{"prompt": str(index)} for index in range(len(tasks))]
-    return Benchmark("made", "made", rows, tasks, {}, images_a_prompt, **more)
+    return Benchmark("made", "made", rows, tasks, {}, images_per_prompt, **more)
 
 
 def test_errors_are_over_prompts_and_overall_over_tasks():
     # Prompt means 0, 1 | 1: task means 1/2 and 1, errors sqrt(1/2)/sqrt(2) = 1/2 and 0; overall 3/4, error (1/2)/2.
     scores = [{"x": value} for value in (0, 0, 1, 1, 1, 1)]
-    benchmark = made(["a", "a", "b"], images_a_prompt=2)
+    benchmark = made(["a", "a", "b"], images_per_prompt=2)
     summary = summarize(benchmark, by_prompt(benchmark, scores), 0)
     assert summary["tasks"]["a"]["x"] == {"mean": 0.5, "error": 0.5, "scored": 4, "failed": 0}
     assert summary["overall"]["x"] == {"mean": 0.75, "error": 0.25}
@@ -368,7 +368,7 @@ def test_weights_of_tasks():
 
 def test_a_picture_without_a_score_is_counted_and_not_zero():
     # The first prompt keeps one picture of two: mean 1, not 1/2; the second loses both and is left out.
-    benchmark = made(["a", "a", "a"], images_a_prompt=2)
+    benchmark = made(["a", "a", "a"], images_per_prompt=2)
     scores = [{"x": value} for value in (1.0, None, None, None, 0.0, 1.0)]
     rows = by_prompt(benchmark, scores)
     summary = summarize(benchmark, rows, most_failed=0.5)

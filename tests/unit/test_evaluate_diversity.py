@@ -166,7 +166,7 @@ def command(tiny_janus, folder, *words, prompts=("a photo of a red circle", "a r
     captions.write_text("\n".join(prompts))
     return [
         *("evaluate", "--benchmark", "prompts", "--prompts", str(captions), "--rewards", "tiny:redness"),
-        *("--model", tiny_janus, "--batch-size", "4", "--images-a-prompt", "3", *map(str, words)),
+        *("--model", tiny_janus, "--batch-size", "4", "--images-per-prompt", "3", *map(str, words)),
     ]
 
 
@@ -265,7 +265,7 @@ def test_two_ranks_measure_what_one_does(shared_policy, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--images-a-prompt", "1"], "there is 1; write --images-a-prompt 2 or more"),
+        (["--images-per-prompt", "1"], "there is 1; write --images-per-prompt 2 or more"),
         (["clp"], "did you mean 'clip'"),
         (["clip"], "set CLIPSCORE_MODEL=DIR"),
         (["tiny:nothing"], "has no 'nothing'"),
@@ -317,7 +317,7 @@ NAMES = ("vendi", "pairwise_distance", "disagreement", "entropy")
 
 def evaluated(policy, **changes):
     sampling = Sampling(guidance_scale=1.5, temperature=changes.pop("temperature", 1.0))
-    return shapes.evaluate(policy, sampling, SPECS, images_a_prompt=6, diversity=True, **changes)
+    return shapes.evaluate(policy, sampling, SPECS, images_per_prompt=6, diversity=True, **changes)
 
 
 def test_a_collapsed_policy_is_lower_on_every_measure(shipped):
@@ -328,7 +328,7 @@ def test_a_collapsed_policy_is_lower_on_every_measure(shipped):
         assert cold.overall[name]["mean"] < base.overall[name]["mean"] - 2 * base.overall[name]["error"], name
         assert base.overall[name]["mean"] == pytest.approx(np.mean([base.tasks[t][name]["mean"] for t in TASKS]))
     assert "| vendi | pairwise_distance | disagreement | entropy |" in base.table()
-    judged = shapes.evaluate(shipped, Sampling(guidance_scale=1.5), SPECS, images_a_prompt=6)
+    judged = shapes.evaluate(shipped, Sampling(guidance_scale=1.5), SPECS, images_per_prompt=6)
     assert judged.features == "" and set(judged.overall) == set(shapes.MEASURES)
     assert {m: base.overall[m] for m in shapes.MEASURES} == judged.overall
 
@@ -358,5 +358,5 @@ def test_two_ranks_evaluate_what_one_does(shipped, monkeypatch):
 
 
 def test_one_image_a_prompt_is_refused(shipped):
-    with pytest.raises(ValueError, match="images_a_prompt=1 leaves nothing to compare"):
-        shapes.evaluate(shipped, Sampling(), SPECS, images_a_prompt=1, diversity=True)
+    with pytest.raises(ValueError, match="images_per_prompt=1 leaves nothing to compare"):
+        shapes.evaluate(shipped, Sampling(), SPECS, images_per_prompt=1, diversity=True)

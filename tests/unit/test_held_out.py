@@ -192,7 +192,7 @@ def test_random_numbers_go_on_as_if_nothing_had_drawn_any():
         ({"prompts": [3]}, TypeError, r"prompts\[0\] is a int"),
         ({"prompts": [{"caption": "a"}]}, ValueError, r"\['caption'\] but no 'prompt'"),
         ({"prompts": [{"prompt": "a"}, {"prompt": "b", "tag": 1}]}, ValueError, r"prompts\[1\].*\['prompt', 'tag'\]"),
-        ({"images_a_prompt": 0}, ValueError, "images_a_prompt=0 must be >= 1"),
+        ({"images_per_prompt": 0}, ValueError, "images_per_prompt=0 must be >= 1"),
         ({"every": 0}, ValueError, "every=0 must be >= 1.*such as 50"),
         ({"every": 2.5}, TypeError, "every=2.5 is no whole number"),
         ({"seed": -1}, ValueError, "seed=-1"),

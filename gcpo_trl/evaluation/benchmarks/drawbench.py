@@ -20,8 +20,8 @@ def benchmark(prompts: Sequence[Path], rewards: Sequence[Any]) -> Benchmark:
     """Prompts by category."""
     rows = file_rows("drawbench", prompts)
     if rewards:
-        return from_rewards("drawbench", rows, tasks_of(rows), rewards, images_a_prompt=1, by_prompts=True)
+        return from_rewards("drawbench", rows, tasks_of(rows), rewards, images_per_prompt=1, by_prompts=True)
     scorer = Scorer()
-    judged = {"images_a_prompt": 1, "scale": 100.0, "by_prompts": True}
+    judged = {"images_per_prompt": 1, "scale": 100.0, "by_prompts": True}
     made = from_rewards("drawbench", rows, tasks_of(rows), ["hpsv2"], **judged)
     return dataclasses.replace(made, label=f"HPSv2 (v{scorer.version})", judged_by=dataclasses.asdict(scorer))

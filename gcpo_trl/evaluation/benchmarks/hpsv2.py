@@ -22,7 +22,7 @@ def benchmark(prompts: Sequence[Path], rewards: Sequence[Any]) -> Benchmark:
     """Prompts by style: a folder, or a file with a column ``style``."""
     rows = file_rows("hpsv2", prompts)
     if rewards:
-        return from_rewards("hpsv2", rows, tasks_of(rows), rewards, images_a_prompt=1)
+        return from_rewards("hpsv2", rows, tasks_of(rows), rewards, images_per_prompt=1)
     scorer = Scorer()
-    made = from_rewards("hpsv2", rows, tasks_of(rows), ["hpsv2"], images_a_prompt=1, scale=100.0, groups_of=GROUP)
+    made = from_rewards("hpsv2", rows, tasks_of(rows), ["hpsv2"], images_per_prompt=1, scale=100.0, groups_of=GROUP)
     return dataclasses.replace(made, label=f"HPSv2 (v{scorer.version})", judged_by=dataclasses.asdict(scorer))
