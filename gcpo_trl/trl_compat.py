@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import unwrap_model_for_generation
 
 ANY_BETA = 1.0  # not zero, so that TRL builds and runs the reference; the KL term never sees it
@@ -58,8 +60,8 @@ def reference_built(args: Any, model: Any, needed: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reference_scored(trainer: Any, needed: bool) -> Iterator[None]:
-    """Around rollout scoring: with ``beta=0`` TRL scores no reference, so beta is lent a value where one is needed."""
-    with beta_lent(trainer, ANY_BETA if needed and trainer.beta == 0.0 else trainer.beta):
+    """Around rollout scoring: with ``beta=0`` TRL scores no reference, so beta is temporarily another where needed."""
+    with temporary_beta(trainer, ANY_BETA if needed and trainer.beta == 0.0 else trainer.beta):
         yield
 
 
@@ -130,21 +132,21 @@ def unsharded(model: torch.nn.Module) -> Iterator[None]:
         root.reset_iter_state()  # only parts of a forward ran
 
 
-def with_critical_mask(trainer: Any, batch: dict[str, Any], critical: Tensor, drawn: Tensor) -> dict[str, Any]:
+def with_critical_mask(trainer: Any, batch: dict[str, Any], critical: Tensor, policy: Tensor) -> dict[str, Any]:
     """The batch with only ``critical`` tokens in its loss: TRL multiplies ``tool_mask`` into the loss mask.
 
-    ``num_items_in_batch``, which normalises the token-level losses, is counted again over all ranks. ``drawn``, the
-    tokens of the policy's own that ``tool_mask`` told apart until now, stays in the batch for the weight, and their
-    number for a term that is on all of them.
+    ``num_items_in_batch``, which normalises the token-level losses, is counted again over all ranks. ``policy``, the
+    mask of the policy's own tokens, which ``tool_mask`` held until now, stays in the batch for the weight, and the
+    number of these tokens for a term that is on all of them.
     """
-    mask = (critical & drawn).long()
-    items, all_items = trainer.accelerator.gather(torch.stack([mask.sum(), drawn.sum()])[None]).sum(dim=0)
-    ours = {"tool_mask": mask, "drawn_mask": drawn, "num_items_in_batch": items, "drawn_items_in_batch": all_items}
+    mask = (critical & policy).long()
+    items, all_items = trainer.accelerator.gather(torch.stack([mask.sum(), policy.sum()])[None]).sum(dim=0)
+    ours = {"tool_mask": mask, "policy_mask": policy, "num_items_in_batch": items, "policy_items_in_batch": all_items}
     return {**batch, **ours}
 
 
 @contextlib.contextmanager
-def beta_lent(trainer: Any, beta: float) -> Iterator[None]:
+def temporary_beta(trainer: Any, beta: float) -> Iterator[None]:
     """Within, TRL reads this ``beta``: at 0 its loss has no KL term, and it logs none."""
     own = trainer.beta
     trainer.beta = beta
@@ -181,7 +183,7 @@ def aggregate(trainer: Any, per_token: Tensor, mask: Tensor, items: Tensor) -> T
 
 
 def importance_ratio(trainer: Any, logps: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """What TRL multiplies its KL by under ``use_bias_correction_kl``: the ratio to the policy that drew the tokens.
+    """What TRL multiplies its KL by under ``use_bias_correction_kl``: the ratio to the policy that sampled the tokens.
 
     ``(batch, seq)``, or ``(batch, 1)`` with ``importance_sampling_level="sequence"``. Gradient: flows to logps.
     """
@@ -192,9 +194,63 @@ def importance_ratio(trainer: Any, logps: Tensor, mask: Tensor, inputs: dict[str
     return log_ratio.exp()
 
 
-def eight_of_generate(prompt_ids: list[list[int]], tokens: list[list[int]], labels: list[str]) -> tuple[Any, ...]:
+def plain_model(trainer: Any, model: Any) -> Any:
+    """``model`` without the engine of accelerate and without PEFT around it."""
+    model = trainer.accelerator.unwrap_model(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def metrics(trainer: Any) -> dict[str, list[float]]:
+    """What the trainer has gathered for its next log entry, of training or of evaluation; a name is made on first use.
+
+    Of each name TRL logs the mean, and leaves out what is NaN.
+    """
+    found: dict[str, list[float]] = trainer._metrics["train" if trainer.model.training else "eval"]
+    return found
+
+
+def micro_batches(trainer: Any) -> int:
+    """How many micro-batches this rank has trained on so far."""
+    return int(trainer._step)
+
+
+def rollout_buffer(trainer: Any) -> list[dict[str, Any]]:
+    """The batches of the newest generation, which TRL trains on in turn; empty before the first."""
+    return trainer._buffered_inputs or []
+
+
+def continue_at(trainer: Any, micro_batch: int, buffer: list[dict[str, Any]]) -> None:
+    """Let training go on behind ``micro_batch`` micro-batches; without a ``buffer`` it generates first."""
+    trainer._step, trainer._buffered_inputs = micro_batch, buffer or None
+
+
+def checkpoint_folder(trainer: Any, trial: Any) -> Path:
+    """Where a checkpoint of the current step lies."""
+    return Path(trainer._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+
+
+def reward_loop(trainer: Any) -> Any:
+    """The event loop in which TRL awaits asynchronous rewards; None where it has none of them."""
+    return getattr(trainer, "async_loop", None)
+
+
+def reward_loggers(trainer: Any) -> tuple[Any, Any]:
+    """What TRL passes to rewards as ``log_extra`` and ``log_metric``."""
+    return trainer._log_completion_extra, trainer._log_metric
+
+
+def has_entropy_bonus(trainer: Any) -> bool:
+    """Whether TRL adds an entropy bonus to its loss, whose gradient needs the entropy of every token."""
+    return bool(trainer._entropy_bonus_enabled)
+
+
+def eight_of_generate(
+    prompt_ids: list[list[int]], tokens: list[list[int]], labels: list[str], valid: Tensor
+) -> tuple[Any, ...]:
     """What ``_generate`` returns: prompt ids, completion ids, tool mask, completions, log-probs, extra, images (2x)."""
-    return prompt_ids, tokens, None, labels, None, {}, None, []
+    # A tool mask that is everywhere 1 would change nothing, and None is what TRL has without tools.
+    mask = None if bool(valid.all()) else valid.long().tolist()
+    return prompt_ids, tokens, mask, labels, None, {}, None, []
 
 
 @contextlib.contextmanager
@@ -211,8 +267,8 @@ def rewards_replaced(trainer: Any, replacements: Mapping[int, Any]) -> Iterator[
 def log_apart(trainer: Any, values: dict[str, float]) -> None:
     """Log ``values`` at this step to every tracker, from within a callback, as an entry of their own.
 
-    ``GRPOTrainer.log`` would close the averages of a step still in progress and write the table of completions again;
-    and logging anything takes back the wish to log that a step may just have made.
+    ``GRPOTrainer.log`` would close the averages of a step still in progress and write the table of completions again.
+    Logging also resets ``control.should_log``, so the value that a step may just have set is put back.
     """
     should_log = trainer.control.should_log
     Trainer.log(trainer, dict(values))

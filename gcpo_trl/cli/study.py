@@ -42,6 +42,7 @@ CURVES = (
 )
 EVALUATION_SEED = 1234
 SAID = 200  # characters of a failure in a table
+CHATTER = ("[INFO]", "INFO", "[DEBUG]", "wandb:")  # how lines begin that libraries and our own log print in passing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +187,17 @@ def launch(
         room.put(place)
 
 
+def last_words(printed: str) -> str:
+    """The last line of what a failed run printed that may be its reason.
+
+    Libraries say what they do at the end of a process too, and standard output, which is buffered where it is a file,
+    comes behind the error; such lines are passed over unless there are no others.
+    """
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    reasons = [line for line in lines if not line.startswith(CHATTER)]
+    return (reasons or lines or ["it printed nothing"])[-1]
+
+
 def outcome(run: Run, out: Path, code: int) -> str:
     """A line about a run that has ended; where it left no result, its last words are kept for the table.
 
@@ -198,8 +210,7 @@ def outcome(run: Run, out: Path, code: int) -> str:
         score = next(iter(content["reports"].values()))[run.measure.measure]["mean"]
         return f"{run.key}, seed {run.seed}: {run.measure.measure} {score:.3f} in {content['minutes']:.1f} min"
     log = log_file(out, run)
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    why = f"exit code {code}: {(lines or ['it printed nothing'])[-1][:SAID]}"
+    why = f"exit code {code}: {last_words(log.read_text(errors='replace'))[:SAID]}"
     write_whole(failure_file(out, run), json.dumps({"why": why}).encode())
     return f"{run.key}, seed {run.seed}: failed, {why}; see {log}"
 

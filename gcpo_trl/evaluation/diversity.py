@@ -88,8 +88,8 @@ def choose_gauge(features: str, images_per_prompt: int) -> Gauge:
     """The gauge of these features, with LPIPS where ``LPIPS_WEIGHTS`` is set. Raises ValueError."""
     if images_per_prompt < 2:
         raise ValueError(
-            f"diversity compares the pictures of a prompt, and there is {images_per_prompt}; write --images-per-prompt 2 "
-            "or more"
+            f"diversity compares the pictures of a prompt, and there is {images_per_prompt}; write --images-per-prompt "
+            "2 or more"
         )
     function, label = space_of(features)
     checked(function([Image.new("RGB", (64, 64), "grey")]), 1)  # loads what it needs, or says what is missing

@@ -11,13 +11,27 @@ from .. import models  # noqa: F401  transformers' Auto classes know them from h
 from ..objective.layout import Layout
 from ..plugins import available, resolve
 
-# transformers' ``config.model_type`` -> the file that adapts it; everything else is a text language model.
-FAMILIES = {"janus": "janus", "llamagen": "llamagen"}
+
+def families() -> list[str]:
+    """Names of the image families: the files here that state `MODEL_TYPES`."""
+    return available(__name__, "MODEL_TYPES")
 
 
 def family_of(config: Any) -> str:
-    """Name of the adapter for a model configuration."""
-    return FAMILIES.get(config.model_type, "text")
+    """Name of the file that adapts a model configuration, by its `MODEL_TYPES`; "text" for a language model.
+
+    Raises ValueError for a model that holds an image tokenizer and that no family claims: it would train as text.
+    """
+    for name in families():
+        if config.model_type in resolve(name, __name__, "MODEL_TYPES"):
+            return name
+    if hasattr(config, "vq_config"):
+        raise ValueError(
+            f"a {config.model_type!r} model holds an image tokenizer, but no family of image generators claims it; "
+            f"there are {', '.join(families())}. Write gcpo_trl/policies/<name>.py with MODEL_TYPES = "
+            f"({config.model_type!r},) to train it; gcpo_trl/policies/README.md says what else belongs there"
+        )
+    return "text"
 
 
 def image_layout(config: Any) -> Layout:
@@ -52,8 +66,8 @@ def load(model_id: str, family: str | None = None, **kwargs: Any) -> Any:
     """Load a policy from a path or an id; ``family`` names another adapter than the configuration's own."""
     family = family or family_of(AutoConfig.from_pretrained(model_id))
     if family == "text":
-        raise ValueError(f"{model_id} holds a text model, which draws no images; families: {', '.join(FAMILIES)}")
+        raise ValueError(f"{model_id} holds a text model, which draws no images; families: {', '.join(families())}")
     return resolve(family, __name__, "load")(model_id, **kwargs)
 
 
-__all__ = ["FAMILIES", "adapt", "available", "family_of", "image_layout", "load", "lora_targets", "unquantised"]
+__all__ = ["adapt", "available", "families", "family_of", "image_layout", "load", "lora_targets", "unquantised"]

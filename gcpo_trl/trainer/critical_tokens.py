@@ -1,4 +1,4 @@
-"""From rewarded pictures to a batch that trains: the critical tokens of `GCPOTrainer`, and what they are chosen by."""
+"""From rewarded images to a batch that trains: the critical tokens of `GCPOTrainer`, and the signals behind them."""
 
 from __future__ import annotations
 
@@ -10,68 +10,72 @@ from einops import rearrange
 from torch import Tensor
 
 from .. import trl_compat
+from ..config import GCPOConfig
+from ..monitoring.image_grids import ImageLog
 from ..objective.selection import critical_tokens
 from ..objective.signals import Signals, SignalsOnDemand, group_similarity_from_ids
 from ..objective.stage import opposing_similarity
+from .masks import policy_mask
+from .rollouts import RolloutTrainer
 from .selected_logps import with_rollout_logps
 
 OPPOSING = "opposing_similarity"  # the key in TRL's batch, which is shuffled and split with the rest
 
 
-class Picks:
-    """Base of a GRPOTrainer whose loss sees the critical tokens only."""
+def critical_masks(signals: Signals, args: GCPOConfig, least: int = 0) -> dict[str, Tensor]:
+    """The mask of each strategy that ``args`` names and their union, "critical"; ``(batch, seq)`` bool each.
 
-    policy: Any
-    args: Any
-    accelerator: Any
-    model: Any
-    _image_log: Any = None
+    least: tokens of a row that each strategy keeps in any case; 1 for texts, whose length differs.
+    """
+    return critical_tokens(
+        signals,
+        strategies=args.select_strategies,
+        fraction=args.select_fraction,
+        combine=args.select_combine,
+        window=(args.select_window[0], args.select_window[1]),
+        complement=args.select_complement,
+        smoothing=args.select_smoothing,
+        least=least,
+    )
+
+
+class CriticalTokenTrainer(RolloutTrainer):
+    """Narrows the loss to the critical tokens."""
+
+    _image_log: ImageLog | None = None
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's batch, its loss mask narrowed to the critical tokens (before TRL shuffles groups apart)."""
         with trl_compat.reference_scored(self, needed=self.args.needs_weight):
             batch = super()._generate_and_score_completions(inputs)
         if self.args.needs_opposing:
-            batch = {**batch, OPPOSING: self._opposing(batch)}
+            batch = {**batch, OPPOSING: self._opposing_similarity(batch)}
         masks = {} if self.args.selects_everything else self._critical(batch)
         if self._image_log is not None and self.model.training:
             prompts = [row["prompt"] for row in inputs]
-            self._image_log.show(self.state.global_step + 1, self._images, prompts, self._rewards, masks)
+            self._image_log.show(self.state.global_step + 1, self._images or [], prompts, self._rewards, masks)
         if not masks:
             return batch
-        batch = trl_compat.with_critical_mask(self, batch, masks["critical"], self._valid(batch))
-        return with_rollout_logps(batch, self._rollout, self._plain(self.model), self.args)
+        batch = trl_compat.with_critical_mask(self, batch, masks["critical"], policy_mask(batch))
+        return with_rollout_logps(batch, self._rollout, trl_compat.plain_model(self, self.model), self.args)
 
     def _critical(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The mask of each strategy and their union, "critical"; ``(batch, seq)`` each."""
-        masks = critical_tokens(
-            self._signals(batch),
-            strategies=self.args.select_strategies,
-            fraction=self.args.select_fraction,
-            combine=self.args.select_combine,
-            window=tuple(self.args.select_window),
-            complement=self.args.select_complement,
-            smoothing=self.args.select_smoothing,
-            least=0 if self.policy.generates_images else 1,
-        )
+        masks = critical_masks(self._signals(batch), self.args, least=0 if self.policy.generates_images else 1)
         for name, mask in masks.items():
-            self._log_mean(f"gcpo/select/{'fraction' if name == 'critical' else name}", mask, self._valid(batch))
+            self._log_mean(f"gcpo/select/{'fraction' if name == 'critical' else name}", mask, policy_mask(batch))
         return masks
 
     def _signals(self, batch: dict[str, Any]) -> Signals:
         """What a strategy may read; entropy comes with an image, all else is computed if one does read it."""
-        valid, rollout = self._valid(batch), self._rollout
+        valid, rollout = policy_mask(batch), self._rollout
         makers = {
             "entropy": partial(self._text_entropy, batch, valid) if rollout is None else lambda: rollout.entropy,
             "similarity": partial(self._similarity, batch, valid),
         }
-        seed = (self.args.seed * 1_000_003 + self._step) * self.accelerator.num_processes
+        seed = (self.args.seed * 1_000_003 + trl_compat.micro_batches(self)) * self.accelerator.num_processes
         generator = torch.Generator().manual_seed(seed + self.accelerator.process_index)
         return SignalsOnDemand(makers, valid, self.policy.layout, generator)
-
-    def _valid(self, batch: dict[str, Any]) -> Tensor:
-        """True on tokens that the policy drew, not padding nor a tool's answer; in the loss, on the critical ones."""
-        return (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
 
     def _similarity(self, batch: dict[str, Any], valid: Tensor) -> Tensor:
         """Group similarity of each position, ``(batch, seq)``."""
@@ -79,9 +83,9 @@ class Picks:
         similarity = group_similarity_from_ids(ids, table, alive)
         return self._own_rows(similarity.repeat_interleave(ids.shape[1], dim=0), valid)
 
-    def _opposing(self, batch: dict[str, Any]) -> Tensor:
+    def _opposing_similarity(self, batch: dict[str, Any]) -> Tensor:
         """Similarity of each token to those of the group's members of opposite advantage, ``(batch, seq)``."""
-        valid = self._valid(batch)
+        valid = policy_mask(batch)
         ids, table, alive = self._groups(batch, valid)
         advantages = self.accelerator.gather(batch["advantages"].contiguous()).view(-1, ids.shape[1])
         similarity = opposing_similarity(ids, table, advantages, alive)
@@ -92,9 +96,7 @@ class Picks:
 
         Ids are gathered, not embeddings, because a group may span ranks.
         """
-        mode = "train" if self.model.training else "eval"
-        group = self.num_generations if mode == "train" else self.num_generations_eval
-        accelerator = self.accelerator
+        group, accelerator = self._group_size(), self.accelerator
         ids, alive = (
             rearrange(
                 accelerator.gather(accelerator.pad_across_processes(x.contiguous(), dim=1)),

@@ -14,29 +14,29 @@ from torch import Tensor
 from .. import trl_compat
 from ..objective.divergence import divergence
 from ..objective.stage import stage_divergence_weight
-from .critical_tokens import OPPOSING
+from .critical_tokens import OPPOSING, CriticalTokenTrainer
+from .masks import loss_mask, policy_mask
 
 
-class Penalised:
-    """Base of a GRPOTrainer whose loss may hold a divergence of our own. Without one the loss is TRL's, to the bit."""
+class DivergenceTrainer(CriticalTokenTrainer):
+    """Adds a divergence of our own to TRL's loss. Without one the loss is TRL's, to the bit."""
 
-    args: Any
     beta: float
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss; ``inputs`` hold "per_token_logps", with gradient, once it is computed."""
         if not self.args.own_divergence:
             return super()._compute_loss(model, inputs)
-        with trl_compat.beta_lent(self, 0.0):
+        with trl_compat.temporary_beta(self, 0.0):
             loss = super()._compute_loss(model, inputs)
-        return loss + self.beta * self._penalty(inputs)
+        return loss + self.beta * self._divergence(inputs)
 
-    def _penalty(self, inputs: dict[str, Any]) -> Tensor:
+    def _divergence(self, inputs: dict[str, Any]) -> Tensor:
         """The divergence of the policy from the reference, normalised over the tokens it is on."""
         args, logps, ref_logps = self.args, inputs["per_token_logps"], inputs["ref_per_token_logps"]
-        mask, items = self._valid(inputs), inputs["num_items_in_batch"]
-        if args.divergence_on == "all" and "drawn_mask" in inputs:
-            mask, items = inputs["drawn_mask"], inputs["drawn_items_in_batch"]
+        mask, items = loss_mask(inputs), inputs["num_items_in_batch"]
+        if args.divergence_on == "all":  # the second number is there once critical tokens are chosen
+            mask, items = policy_mask(inputs), inputs.get("policy_items_in_batch", items)
         corrected = args.use_bias_correction_kl
         gradient = "pathwise" if corrected else args.divergence_gradient or "pathwise"
         penalty = divergence(

@@ -2,8 +2,8 @@
 
     prompt -> rollout -> reward -> advantages -> critical tokens -> weight -> loss
 
-Rollout and rewards are in `draws`, critical tokens in `picks`, the weight here, divergences other than TRL's KL in
-`penalty`; advantages and loss are TRL's.
+Rollout and rewards are in `rollouts`, critical tokens in `critical_tokens`, divergences other than TRL's KL in
+`divergence_term`, the weight here; advantages and loss are TRL's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
 
 from .. import trl_compat
 from ..config import GCPOConfig
@@ -38,18 +37,24 @@ from .checks import (
     first_non_finite,
     load_config,
 )
-from .critical_tokens import OPPOSING, Picks
-from .divergence_term import Penalised
-from .metrics import Timed
-from .resume import ExactResume
-from .rollouts import Draws
+from .critical_tokens import OPPOSING
+from .divergence_term import DivergenceTrainer
+from .masks import loss_mask, policy_mask
 from .selected_logps import selected_only
 from .trainable_modules import default_adapters, default_quantization, freeze_all_but, keep_differentiable, train_report
 
 logger = logging.getLogger(__name__)
 
 
-class GCPOTrainer(Draws, Picks, Penalised, Timed, ExactResume, GRPOTrainer):
+def weighted_advantages(advantages: Tensor, weight: Tensor) -> Tensor:
+    """Advantage of each token, ``(batch, seq)``: that of its sample, ``(batch,)``, times the token's weight (Eq. 8).
+
+    Gradient: flows to ``weight``.
+    """
+    return advantages[:, None] * weight
+
+
+class GCPOTrainer(DivergenceTrainer):
     """`trl.GRPOTrainer` that trains image (and text) policies on critical tokens with a dynamic advantage weight.
 
     Takes GRPOTrainer's arguments; ``args`` is a `GCPOConfig`. A plain `GRPOConfig` trains exactly as GRPOTrainer would.
@@ -65,7 +70,6 @@ class GCPOTrainer(Draws, Picks, Penalised, Timed, ExactResume, GRPOTrainer):
     _paper = {"title": "Group Critical-token Policy Optimization for Autoregressive Image Generation"}
 
     # Class-level defaults: parts of TRL and its tests build trainers without __init__.
-    _image_log: ImageLog | None = None
     _in_loss: dict[str, Any] | None = None
 
     def __init__(
@@ -88,12 +92,12 @@ class GCPOTrainer(Draws, Picks, Penalised, Timed, ExactResume, GRPOTrainer):
         if isinstance(model, str):
             model = SHIPPED.get(model, model)
         config = load_config(model, args)
-        draws_images = family_of(config) != "text"
+        is_image_model = family_of(config) != "text"
         args = self._settings(args, config)
         check_engine(args.distributed_state)
         place_rewards(args.reward_device)
         check_quantization(model, quantization_config, peft_config, args)
-        if draws_images:
+        if is_image_model:
             args.max_completion_length = check_image_settings(args, config)  # dr_grpo divides by it
             check_text_only(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
             check_processor(model, config, processing_class)
@@ -124,8 +128,8 @@ class GCPOTrainer(Draws, Picks, Penalised, Timed, ExactResume, GRPOTrainer):
             )
         self.beta = args.beta
         keep_differentiable(self.model)
-        self.policy = adapt(self._plain(self.model), self.processing_class)
-        if draws_images:
+        self.policy = adapt(trl_compat.plain_model(self, self.model), self.processing_class)
+        if is_image_model:
             self._prepare_image_policy()
 
     @staticmethod
@@ -141,7 +145,7 @@ class GCPOTrainer(Draws, Picks, Penalised, Timed, ExactResume, GRPOTrainer):
 
     def _prepare_image_policy(self) -> None:
         """Freeze what does not train, and score with the image head on policy and reference."""
-        plain = self._plain(self.model)
+        plain = trl_compat.plain_model(self, self.model)
         if plain is self.accelerator.unwrap_model(self.model):  # with PEFT the adapter decides what trains
             freeze_all_but(plain, self.policy, self.args.train_modules)
         if self.accelerator.is_main_process:
@@ -149,27 +153,22 @@ class GCPOTrainer(Draws, Picks, Penalised, Timed, ExactResume, GRPOTrainer):
         self.policy.attach_head(plain, self.temperature)
         self.policy.set_generation(self.args.rollout_guidance_scale)
         if self.ref_model is not None:
-            self.policy.attach_head(self._plain(self.ref_model), self.temperature)
+            self.policy.attach_head(trl_compat.plain_model(self, self.ref_model), self.temperature)
         self._image_log = ImageLog(self) if self.args.log_images else None
 
-    def _plain(self, model: Any) -> Any:
-        """The model without engine and without PEFT around it."""
-        model = self.accelerator.unwrap_model(model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
-
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
-        """GRPOTrainer's training; transformers does not tell a callback its trainer, which one that draws must know."""
+        """GRPOTrainer's training; one callback needs its trainer, which transformers does not pass."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, HeldOutCallback):
                 callback.attach(self)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def create_model_card(self, model_name: Any = None, dataset_name: Any = None, tags: Any = None) -> None:
-        """GRPOTrainer's card; for an image policy one that shows pictures and how to draw more."""
+        """GRPOTrainer's card; for an image policy one that shows images and how to generate more."""
         if self.policy is None or not self.policy.generates_images:
             super().create_model_card(model_name, dataset_name, tags)
         elif self.is_world_process_zero():
-            plain = self._plain(self.model)
+            plain = trl_compat.plain_model(self, self.model)
             base = getattr(plain.config, "_name_or_path", "")
             tags = [tags] if isinstance(tags, str) else list(tags or [])
             about = {"name": model_name, "repository": self.hub_model_id, "dataset": dataset_name, "tags": tags}
@@ -194,7 +193,7 @@ class GCPOTrainer(Draws, Picks, Penalised, Timed, ExactResume, GRPOTrainer):
         self._in_loss = inputs
         loss = super()._compute_loss(model, inputs)
         if self.policy.generates_images and not torch.isfinite(loss):  # on text GRPOTrainer goes on, as with fp16
-            where = first_non_finite(self._plain(self.model))
+            where = first_non_finite(trl_compat.plain_model(self, self.model))
             raise FloatingPointError(f"step {self.state.global_step}: the loss is {loss.item()}; {where}")
         return loss
 
@@ -203,20 +202,22 @@ class GCPOTrainer(Draws, Picks, Penalised, Timed, ExactResume, GRPOTrainer):
         inputs, self._in_loss = self._in_loss, None
         if inputs is None:
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        with selected_only(self.policy, self.args, inputs, self._entropy_bonus_enabled) as complete:
+        with selected_only(self.policy, self.args, inputs, trl_compat.has_entropy_bonus(self)) as complete:
             scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         scores = (complete(scores[0]), *scores[1:])
         if self.args.own_divergence:
             inputs["per_token_logps"] = scores[0]
         if self.args.weight_form != "none":
             weight = self._weight(scores[0], inputs)
-            inputs["advantages"] = inputs["advantages"][:, None] * weight
-            self._log_mean("gcpo/weight/mean", weight, self._valid(inputs))
+            # Here, because TRL's loss reads the advantages after it has scored: the first moment at which both the
+            # current policy's log-probabilities are known and the advantages can still change.
+            inputs["advantages"] = weighted_advantages(inputs["advantages"], weight)
+            self._log_mean("gcpo/weight/mean", weight, loss_mask(inputs))
         return scores
 
     def _weight(self, logps: Tensor, inputs: dict[str, Any]) -> Tensor:
         """What multiplies the advantage of each token, ``(batch, seq)``."""
-        valid = inputs["drawn_mask"] if "drawn_mask" in inputs else self._valid(inputs)
+        valid = policy_mask(inputs)
         if self.args.weight_form == "stage":
             return stage_advantage_weight(inputs[OPPOSING], valid)
         return advantage_weight(

@@ -52,7 +52,7 @@ def _fetched(pixels: Tensor, stream: Any) -> list[Any]:
         return to_pictures(pixels)
 
 
-def runs_ahead(reward: Any, device: torch.device) -> bool:
+def starts_early(reward: Any, device: torch.device) -> bool:
     """Whether a reward is asked before all is drawn: it is asynchronous, and leaves a CPU that draws alone.
 
     On a CPU a function that only a thread made asynchronous computes on the cores that draw; on a GPU it does not, and
@@ -77,7 +77,7 @@ class _Logged:
         self.metrics.append((name, value))
 
 
-class Ahead:
+class EarlyRewards:
     """The rewards of one generation that are asked before TRL asks, with what TRL would pass: a context.
 
     rewards: by their place in ``reward_funcs``; they run in ``loop``. rows: of the dataset, one an image. group: images
@@ -148,7 +148,7 @@ class Ahead:
             for name, value in chain.from_iterable(call.metrics for call in calls):
                 log_metric(name, value)
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> EarlyRewards:
         return self
 
     def __exit__(self, *_: Any) -> None:

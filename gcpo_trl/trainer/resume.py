@@ -20,6 +20,10 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+
+from .. import trl_compat
+from ..config import GCPOConfig
 
 logger = logging.getLogger(__name__)
 
@@ -123,21 +127,18 @@ class EpochOrder(Sampler[int]):
         return len(self.sampler)
 
 
-class ExactResume:
-    """For a `GRPOTrainer`: checkpoints keep buffer and moving reference, and only whole ones are gone on from.
+class ExactResume(GRPOTrainer):
+    """Checkpoints keep the rollout buffer and a moving reference, and a run continues only from whole ones.
 
     Overrides what transformers calls while it saves and loads; the state of the random numbers is saved on every rank.
+    The lowest class of the chain: it also names the types of what all of them use.
     """
 
-    args: Any
-    accelerator: Any
-    state: Any
-    num_iterations: int
+    args: GCPOConfig
     model: Any
     ref_model: Any
-    _step: int
-    _buffered_inputs: list[dict[str, Any]] | None
-    _saved: frozenset[Path] | set[Path] = frozenset()
+    processing_class: Any
+    _saved: frozenset[Path] = frozenset()
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
         """GRPOTrainer's training. ``True`` goes on from the last checkpoint that was saved to its end.
@@ -159,31 +160,31 @@ class ExactResume:
                 raise ValueError(f"the processes would go on from {chosen}; use a disk that all machines share")
         if self.args.sync_ref_model:
             check_reference(self.ref_model, self.args, resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _get_train_sampler(self, dataset: Any = None) -> EpochOrder:
         """``state.epoch`` is a fraction of batches; rounding must not put its last batch into the epoch before."""
-        sampler = super()._get_train_sampler(dataset)  # type: ignore[misc]
+        sampler = super()._get_train_sampler(dataset)
         return EpochOrder(sampler, lambda: math.floor((self.state.epoch or 0.0) + 1e-6))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A state file of an earlier run must not call this checkpoint whole before it is."""
-        folder = Path(self._get_output_dir(trial))  # type: ignore[attr-defined]
-        folder = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = trl_compat.checkpoint_folder(self, trial)
         if self.args.should_save and folder.exists():
             (folder / STATE_FILE).unlink(missing_ok=True)
             if folder not in self._saved:  # another run's, whose other files would be read as this one's
                 shutil.rmtree(folder)
-        self._saved = {*self._saved, folder}
+        self._saved = self._saved | {folder}
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Beside the state of the random numbers: how far the rollout buffer is used, and what is left in it."""
-        super()._save_rng_state(output_dir)  # type: ignore[misc]
-        used = self._step % (self.args.steps_per_generation * self.num_iterations)
+        super()._save_rng_state(output_dir)
+        step, buffer = trl_compat.micro_batches(self), trl_compat.rollout_buffer(self)
+        used = step % (self.args.steps_per_generation * self.num_iterations)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        save_buffer(Path(output_dir), rank, world, self._step, self._buffered_inputs or [] if used else [])
+        save_buffer(Path(output_dir), rank, world, step, buffer if used else [])
         if self.args.sync_ref_model and self.args.should_save:
             save_model(self.accelerator.unwrap_model(self.ref_model), str(Path(output_dir) / REFERENCE_FILE))
         self.accelerator.wait_for_everyone()  # rank 0 now writes the file that calls the checkpoint whole
@@ -191,21 +192,19 @@ class ExactResume:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """PEFT loads every adapter in fp32, also where TRL had it in bf16, as it has those of a quantised model."""
         before = {name: one.dtype for name, one in self.model.named_parameters() if one.requires_grad}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in self.model.named_parameters():
             if before.get(name, parameter.dtype) != parameter.dtype:
                 parameter.data = parameter.data.to(before[name])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Also called where a run goes on, after the optimizer is loaded and before the first batch."""
-        super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
         accelerator = self.accelerator
         if self.args.sync_ref_model:
             load_model(accelerator.unwrap_model(self.ref_model), Path(checkpoint) / REFERENCE_FILE)
-        self._step, self._buffered_inputs = self.state.global_step * self.args.gradient_accumulation_steps, None
         kept = load_buffer(Path(checkpoint), accelerator.process_index, accelerator.num_processes, accelerator.device)
-        if kept is not None:
-            self._step, buffer = kept
-            self._buffered_inputs = buffer or None
+        step, buffer = kept or (self.state.global_step * self.args.gradient_accumulation_steps, [])
+        trl_compat.continue_at(self, step, buffer)

@@ -1,4 +1,4 @@
-"""From prompts to rewarded pictures: the first half of `GCPOTrainer`'s step.
+"""From prompts to rewarded images: the first half of `GCPOTrainer`'s step.
 
 TRL sees token ids and a label for each image; the pictures wait here for the rewards, some of which are asked early.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,26 +15,23 @@ import torch
 from torch import Tensor
 
 from .. import trl_compat
+from ..config import sampling_of
 from ..objective.diversity import token_disagreement
 from ..rewards.loading import without_partly_scored
-from ..rollout import Rollout, Sampling, chunks, joined
+from ..rollout import Rollout, chunks, joined
 from .checks import first_non_finite
-from .overlap import Ahead, decoded, decoding_stream, runs_ahead
+from .metrics import MetricsTrainer
+from .overlap import EarlyRewards, decoded, decoding_stream, starts_early
 
 EVAL_SEED_OFFSET = 7_919  # keeps evaluation images apart from training images of the same seed
 
 
-class Draws:
-    """Base of a GRPOTrainer whose policy may draw images. Text passes through to TRL."""
+class RolloutTrainer(MetricsTrainer):
+    """Generates images with the policy and has them scored. Text passes through to TRL."""
 
     # Class-level defaults: parts of TRL and its tests build trainers without __init__.
     policy: Any = None
-    args: Any
-    accelerator: Any
-    model: Any
-    num_generations: int
-    num_generations_eval: int
-    _ahead: Ahead | None = None
+    _early_rewards: EarlyRewards | None = None
     _rollout: Rollout | None = None
     _images: list[Any] | None = None
     _token_table: Tensor | None = None
@@ -42,31 +39,36 @@ class Draws:
     _eval_samples = 0
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's, with the dataset's rows at hand while images are drawn; ``_generate`` is told the prompts alone."""
+        """TRL's, with the dataset's rows kept for early rewards; ``_generate`` is told the prompts alone."""
         if self.policy is None or not (self.policy.generates_images and self.args.rollout_overlap):
             return super()._generate_and_score_completions(inputs)
         device = self.accelerator.device
-        rewards = {place: reward for place, reward in enumerate(self.reward_funcs) if runs_ahead(reward, device)}
-        group = self.num_generations if self.model.training else self.num_generations_eval
+        rewards = {place: reward for place, reward in enumerate(self.reward_funcs) if starts_early(reward, device)}
+        early = EarlyRewards(rewards, inputs, self._group_size(), self.state, trl_compat.reward_loop(self))
         try:
-            with Ahead(rewards, inputs, group, self.state, getattr(self, "async_loop", None)) as self._ahead:
+            with early as self._early_rewards:
                 return super()._generate_and_score_completions(inputs)
         finally:
-            self._ahead = None
+            self._early_rewards = None
+
+    def _group_size(self) -> int:
+        """Completions per prompt, in training or in evaluation."""
+        size: int = self.num_generations if self.model.training else self.num_generations_eval
+        return size
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        """Draw one image a prompt; TRL sees token ids and a label, the pictures wait for the rewards."""
+        """Generate one image per prompt; TRL sees token ids and a label, the pictures wait for the rewards."""
         if self.policy is None:  # made without __init__
             return super()._generate(prompts)
         with self._timed("rollout"):
-            return self._draw(prompts) if self.policy.generates_images else super()._generate(prompts)
+            return self._generate_images(prompts) if self.policy.generates_images else super()._generate(prompts)
 
-    def _draw(self, prompts: list[Any]) -> tuple[Any, ...]:
+    def _generate_images(self, prompts: list[Any]) -> tuple[Any, ...]:
         start = time.perf_counter()
         seed, indices = self._sample_indices(len(prompts))
         with trl_compat.generation_context(self):
             encoded = self.policy.encode(prompts)
-            self._rollout, self._images = self._pictured(self._chunks(prompts, seed, indices))
+            self._rollout, self._images = self._decoded(self._chunks(prompts, seed, indices))
             # Read here, where ZeRO-3 has gathered the weights.
             self._token_table = self.policy.token_table(self.args.select_similarity_space).detach().clone()
         tokens = self._rollout.tokens
@@ -75,60 +77,52 @@ class Draws:
         self._log_ratio("gcpo/rollout/tokens_per_s", tokens.numel(), time.perf_counter() - start)
         labels = [f"image {index} of step {self.state.global_step}" for index in indices]
         ids = [encoded.row_ids(row) for row in range(len(prompts))]
-        return trl_compat.eight_of_generate(ids, tokens.tolist(), labels)
+        return trl_compat.eight_of_generate(ids, tokens.tolist(), labels, self._rollout.valid)
 
     def _log_disagreement(self, tokens: Tensor) -> None:
         """How often two images of a prompt differ in a token; ids are gathered, because a group may span ranks."""
-        group = self.num_generations if self.model.training else self.num_generations_eval
+        group = self._group_size()
         if group > 1:
             disagreement = token_disagreement(self.accelerator.gather(tokens), group)
             self._log_mean("gcpo/diversity/disagreement", disagreement, torch.ones_like(disagreement))
 
-    def _pictured(self, parts: Iterator[Rollout]) -> tuple[Rollout, list[Any]]:
+    def _decoded(self, parts: Generator[Rollout, None, None]) -> tuple[Rollout, list[Any]]:
         """The whole rollout and its pictures, each part decoded, and offered to rewards, as it comes."""
         stream = decoding_stream(self.accelerator.device) if self.args.rollout_overlap else None
-        drawn, pictures = [], []
+        sampled, pictures = [], []
         # Also on an error, the thread is waited for while the weights are whole.
         with contextlib.closing(parts), ThreadPoolExecutor(1, "pictures") as thread:
             for part in parts:
-                drawn.append(part)
+                sampled.append(part)
                 pictures.append(decoded(self.policy, part.tokens, stream, thread))
-                if self._ahead is not None:
-                    self._ahead.add(part.tokens.tolist(), pictures[-1])
-        return joined(drawn), [picture for chunk in pictures for picture in chunk.result()]
+                if self._early_rewards is not None:
+                    self._early_rewards.add(part.tokens.tolist(), pictures[-1])
+        return joined(sampled), [picture for chunk in pictures for picture in chunk.result()]
 
-    def _chunks(self, prompts: list[Any], seed: int, indices: list[int]) -> Iterator[Rollout]:
+    def _chunks(self, prompts: list[Any], seed: int, indices: list[int]) -> Generator[Rollout, None, None]:
         """The chunks of a rollout, or with ``rollout_overlap=False`` the rollout as one."""
         args = self.args
-        sampling = Sampling(
-            guidance_scale=args.rollout_guidance_scale,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            batch_size=args.rollout_batch_size,
-            entropy_from=args.select_entropy_from,
-            backend=args.rollout_backend,
-        )
+        sampling = sampling_of(args, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         progress = not args.disable_tqdm and self.accelerator.is_main_process
         try:
             parts = chunks(self.policy, prompts, seed, indices, sampling, progress)
             yield from parts if args.rollout_overlap else [joined(list(parts))]
         except FloatingPointError as error:
-            where = first_non_finite(self._plain(self.model))
+            where = first_non_finite(trl_compat.plain_model(self, self.model))
             raise FloatingPointError(f"step {self.state.global_step}: {error}; {where}") from error
 
     def _sample_indices(self, count: int) -> tuple[int, list[int]]:
         """Seed and global indices of this rank's next ``count`` samples: no two samples of a run share both."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if self.model.training:
-            seed, first = self.args.seed, self._step * count * world
+            seed, first = self.args.seed, trl_compat.micro_batches(self) * count * world
         else:
             seed, first = self.args.seed + EVAL_SEED_OFFSET, self._eval_samples
             self._eval_samples += count * world
         return seed, list(range(first + rank * count, first + (rank + 1) * count))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """GRPOTrainer's evaluation; every call draws its images from the same seeds."""
+        """GRPOTrainer's evaluation; every call generates its images from the same seeds."""
         self._eval_samples = 0
         return super().evaluate(*args, **kwargs)
 
@@ -136,11 +130,11 @@ class Draws:
         """Rewards of pictures, not of their labels; ``(batch, functions)`` of all ranks, NaN where there is none."""
         if self._images is not None:
             completions = self._images
-        with trl_compat.rewards_replaced(self, {} if self._ahead is None else self._ahead.answers()):
+        with trl_compat.rewards_replaced(self, {} if self._early_rewards is None else self._early_rewards.answers()):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if self._ahead is not None:
-            self._ahead.log(self._log_completion_extra, self._log_metric)
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        if self._early_rewards is not None:
+            self._early_rewards.log(*trl_compat.reward_loggers(self))
+        metrics = trl_compat.metrics(self)
         for name, missing in zip(self.reward_func_names, rewards.isnan().float().mean(dim=0).tolist(), strict=True):
             metrics[f"gcpo/reward/{name}/missing"].append(missing)
         if (self.args.reward_missing or ("partial" if self._images is None else "skip")) == "skip":

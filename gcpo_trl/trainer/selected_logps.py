@@ -1,8 +1,8 @@
 """The image head at the critical tokens alone, where that is the same loss.
 
 TRL multiplies what a token adds to the loss by its mask, so log-probabilities at other positions need no gradient. They
-need values only for the weight, which sums over all tokens up to each: the rollout's own while the policy is the one
-that drew them, else a pass without gradient. A weight that is not detached, and a divergence on all tokens, need
+need values only for the weight, which sums over all tokens up to each: the rollout's own while the policy is still the
+one that sampled them, else a pass without gradient. A weight that is not detached, and a divergence on all tokens, need
 gradients everywhere.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..policies.decoding.image_head import ALL, Scored
+from .masks import loss_mask
 
 LOGPS = "rollout_per_token_logps"  # the key in TRL's batch, which is shuffled and split with the rest
 
@@ -44,7 +45,7 @@ def selected_only(
     positions = None
     everywhere = args.divergence_on == "all" or (args.needs_weight and not args.weight_detach)
     if "tool_mask" in inputs and not everywhere:
-        positions = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+        positions = loss_mask(inputs)
     known = inputs.get(LOGPS) if args.needs_weight else inputs.get("old_per_token_logps")
     rest = args.needs_weight and known is None
     policy.scored = Scored(positions, rest, entropy_bonus)

@@ -17,7 +17,7 @@ from trl.trainer.utils import start_event_loop_in_daemon
 from gcpo_trl.rewards.loading import load_rewards
 from gcpo_trl.rollout import Sampling, chunks, engine
 from gcpo_trl.trainer import overlap
-from gcpo_trl.trainer.overlap import Ahead, decoded, runs_ahead
+from gcpo_trl.trainer.overlap import EarlyRewards, decoded, starts_early
 
 PATIENCE = 20  # seconds after which a wait for what never happens ends
 EIGHT = {"per_device_train_batch_size": 8, "num_generations": 4}  # two groups
@@ -205,7 +205,7 @@ def test_where_a_gpu_draws_a_local_reward_begins_early_too(tiny_janus, tmp_path,
     load = load_rewards
     monkeypatch.setattr("gcpo_trl.trainer.gcpo_trainer.load_rewards", lambda *given, beside: load(*given, beside=True))
     monkeypatch.setattr(
-        "gcpo_trl.trainer.rollouts.runs_ahead", lambda reward, _: runs_ahead(reward, torch.device("cuda"))
+        "gcpo_trl.trainer.rollouts.starts_early", lambda reward, _: starts_early(reward, torch.device("cuda"))
     )
     trainer = janus_trainer(tiny_janus, tmp_path, reward=early, rollout_batch_size=4, **EIGHT)
     chunk(lambda count: seen.append(count == 0 or begun.wait(PATIENCE)))
@@ -218,8 +218,8 @@ def test_who_runs_ahead():
     (alone,), module = load_rewards(local), torch.nn.Linear(1, 1)
     table = {asynchronous: (True, True), threaded: (False, True), alone: (False, False), module: (False, False)}
     for reward, expected in table.items():
-        assert tuple(runs_ahead(reward, torch.device(device)) for device in ("cpu", "cuda")) == expected
-    assert runs_ahead(load_rewards(local, beside=True)[0], torch.device("cuda"))
+        assert tuple(starts_early(reward, torch.device(device)) for device in ("cpu", "cuda")) == expected
+    assert starts_early(load_rewards(local, beside=True)[0], torch.device("cuda"))
 
 
 def test_evaluation_overlaps_by_its_own_groups(tiny_janus, tmp_path, chunk):
@@ -263,7 +263,7 @@ def asked_for(loop, rows, group, parts):
         return completions
 
     data = [{"prompt": f"p{n}", "place": n} for n in range(rows)]
-    with Ahead({0: reward}, data, group, "state", loop) as ahead:
+    with EarlyRewards({0: reward}, data, group, "state", loop) as ahead:
         first = 0
         for part in parts:
             ids, pictures = made(part)(first)
@@ -312,7 +312,7 @@ def test_a_reward_is_asked_one_thing_at_a_time(loop):
         gate.set()
         return before
 
-    with Ahead({0: reward}, [{"prompt": "p"}] * 2, 1, None, loop) as ahead:
+    with EarlyRewards({0: reward}, [{"prompt": "p"}] * 2, 1, None, loop) as ahead:
         ahead.add([[0]], finished([0]))
         ahead.add([[1]], finished([1]))
         assert on(loop, turns()) == [("in", [0])]
@@ -329,7 +329,7 @@ def test_what_is_logged_stands_in_the_order_of_the_images(loop):
         return completions
 
     logged = {"extra": [], "metric": []}
-    with Ahead({0: loud, 1: loud}, [{"prompt": "p"}] * 3, 1, None, loop) as ahead:
+    with EarlyRewards({0: loud, 1: loud}, [{"prompt": "p"}] * 3, 1, None, loop) as ahead:
         late = [Future() for _ in range(3)]
         for n, pictures in enumerate(late):
             ahead.add([[n]], pictures)
@@ -388,7 +388,7 @@ def test_an_error_of_a_reward_comes_up_where_rewards_are_calculated(tiny_janus, 
         trainer.train()
     assert drawn == [2]
     assert "_calculate_rewards" in frames(caught.value) and frames(caught.value)[-1] == "breaking"
-    assert tasks_of(trainer) == set() and trainer._ahead is None
+    assert tasks_of(trainer) == set() and trainer._early_rewards is None
 
 
 def test_a_wrong_number_of_rewards_is_said_of_the_images_asked_for(tiny_janus, tmp_path):
@@ -422,7 +422,7 @@ def test_a_rollout_that_fails_takes_what_was_started_with_it(tiny_janus, tmp_pat
     with pytest.raises(FloatingPointError, match="step 0: the image head gave non-finite"):
         trainer.train()
     assert ended == ["cancelled"]  # the second call was never made
-    assert tasks_of(trainer) == set() and trainer._ahead is None and trainer.model.training
+    assert tasks_of(trainer) == set() and trainer._early_rewards is None and trainer.model.training
     assert not trainer._pending_extra_logs
 
 

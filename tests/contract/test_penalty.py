@@ -262,7 +262,7 @@ def test_texts_train_with_stage_and_a_divergence(tiny_text, tmp_path):
     kept, log = text_run(tiny_text, tmp_path, divergence_on="all", **changes)
     batch = kept.batches[0]
     assert not batch[OPPOSING][batch["completion_mask"] == 0].any()  # padding resembles nothing
-    assert batch["drawn_items_in_batch"] == batch["completion_mask"].sum() > batch["num_items_in_batch"]
+    assert batch["policy_items_in_batch"] == batch["completion_mask"].sum() > batch["num_items_in_batch"]
     assert all(torch.tensor(kept.losses).isfinite()) and log[0]["gcpo/divergence/jensen_shannon"] > 0
 
 

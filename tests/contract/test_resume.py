@@ -198,10 +198,8 @@ def test_files_of_an_older_run_do_not_stay_in_a_checkpoint(tiny_janus, tmp_path)
 
 def test_processes_that_would_go_on_from_different_steps_are_stopped(tmp_path, monkeypatch):
     # A machine without the disk of the first one sees no checkpoint and would start anew.
-    class Run(ExactResume, SimpleNamespace):
-        pass
-
-    run = Run(args=SimpleNamespace(output_dir=tmp_path), accelerator=SimpleNamespace(num_processes=2))
+    run = object.__new__(ExactResume)
+    run.args, run.accelerator = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(num_processes=2)
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
     monkeypatch.setattr("gcpo_trl.trainer.resume.gather_object", lambda mine: [*mine, "the start"])

@@ -18,10 +18,10 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head
 
 from gcpo_trl import GCPOTrainer, trl_compat
-from gcpo_trl.trainer.critical_tokens import Picks
-from gcpo_trl.trainer.divergence_term import Penalised
+from gcpo_trl.trainer.critical_tokens import CriticalTokenTrainer
+from gcpo_trl.trainer.divergence_term import DivergenceTrainer
 from gcpo_trl.trainer.resume import ExactResume
-from gcpo_trl.trainer.rollouts import Draws
+from gcpo_trl.trainer.rollouts import RolloutTrainer
 
 LOOK = "TRL moved; compare gcpo_trl/trl_compat.py and gcpo_trl/trainer.py with trl/trainer/grpo_trainer.py of TRL"
 
@@ -33,6 +33,8 @@ SIGNATURES = {
     "evaluate": ["self"],
 }
 SCORING = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"]
+
+LABELS = ("a", "bb", "ccc", "dddd")
 
 
 def parameters(function):
@@ -98,7 +100,7 @@ def test_the_constructor_has_the_same_parameters():
 
 
 def test_what_we_override_exists():
-    parts = (Draws, Picks, Penalised, GCPOTrainer)
+    parts = (RolloutTrainer, CriticalTokenTrainer, DivergenceTrainer, GCPOTrainer)
     ours = {name for part in parts for name, value in vars(part).items() if inspect.isfunction(value)}
     overridden = {"_generate", "_calculate_rewards", "_generate_and_score_completions", "_compute_loss", "evaluate"}
     overridden |= {"_get_per_token_logps_and_entropies", "__init__", "train", "create_model_card"}
@@ -149,7 +151,9 @@ def test_the_reference_is_built_by_a_function_of_the_module(tiny_text, tmp_path,
 
 
 def test_generate_returns_eight_things_that_the_batch_is_made_of(trainer, monkeypatch):
-    eight = trl_compat.eight_of_generate([[1, 5], [1, 5, 6]] * 2, [[7, 8, 9]] * 4, ["a", "bb", "ccc", "dddd"])
+    eight = trl_compat.eight_of_generate(
+        [[1, 5], [1, 5, 6]] * 2, [[7, 8, 9]] * 4, list(LABELS), torch.ones(4, 3, dtype=torch.bool)
+    )
     assert len(eight) == 8
     monkeypatch.setattr(trainer, "_generate", lambda prompts: eight)
     rows = [{"prompt": "w1"}, {"prompt": "w1"}, {"prompt": "w2"}, {"prompt": "w2"}]
@@ -285,7 +289,7 @@ def test_the_batch_is_split_and_shuffled_after_scoring():
 
 
 def test_rewards_of_none_become_advantage_zero(trainer, monkeypatch):
-    eight = trl_compat.eight_of_generate([[1, 5]] * 4, [[7]] * 4, ["a", "bb", "ccc", "dddd"])
+    eight = trl_compat.eight_of_generate([[1, 5]] * 4, [[7]] * 4, list(LABELS), torch.ones(4, 1, dtype=torch.bool))
     monkeypatch.setattr(trainer, "_generate", lambda prompts: eight)
     monkeypatch.setattr(trainer, "reward_funcs", [lambda completions, **_: [1.0, None, 1.0, 3.0]])
     rows = [{"prompt": "w1"}] * 4
@@ -303,7 +307,7 @@ def test_rewards_come_back_from_all_ranks():
 
 
 def test_rewards_are_called_by_place_and_awaited_in_a_loop_of_the_trainer():
-    # `Ahead` calls some before, in that loop, as TRL would; what TRL then finds in their places only waits.
+    # `EarlyRewards` calls some before, in that loop, as TRL would; what TRL then finds in their places only waits.
     source = inspect.getsource(GRPOTrainer._calculate_rewards)
     for line in (
         "zip(self.reward_funcs, self.reward_processing_classes, self.reward_func_names, strict=True)",

@@ -1,5 +1,7 @@
 """A layout of two grids trains: each has an entropy gradient of its own, and cells are tinted in their own size."""
 
+import dataclasses
+
 import numpy as np
 import torch
 from PIL import Image
@@ -9,6 +11,7 @@ from gcpo_trl.monitoring.overlays import COLORS, OVERLAY_SHARE, overlay
 from gcpo_trl.objective.layout import Layout
 from gcpo_trl.objective.selection._ranking import highest
 from gcpo_trl.objective.spatial import gradient_magnitude
+from gcpo_trl.rollout import joined
 
 TWO = Layout(((3, 3), (8, 9)))
 
@@ -36,3 +39,19 @@ def test_each_grid_tints_cells_of_its_own_size():
     once = OVERLAY_SHARE / 2 * np.array(COLORS[0])
     twice = once + OVERLAY_SHARE / 2 * (np.array(COLORS[0]) - once)
     assert np.abs(tinted[:2, :2] - once).max() <= 0.5 and np.abs(tinted[2:, 2:] - twice).max() <= 0.5
+
+
+def test_tokens_without_a_choice_never_train(tiny_janus, tmp_path, monkeypatch):
+    # As a constraint would leave them: the last column of the 9 x 9 grid.
+    ends = torch.arange(TOKENS) % 9 == 8
+    monkeypatch.setattr(
+        "gcpo_trl.trainer.rollouts.joined",
+        lambda parts: dataclasses.replace(joined(parts), valid=(~ends).expand(4, -1)),
+    )
+    for strategies, trained in ((["everything"], 72), (["initial"], 7)):  # floor(0.1 * 72) = 7
+        trainer = janus_trainer(tiny_janus, tmp_path, select_strategies=strategies)
+        kept = record(trainer)
+        trainer.train()
+        mask = kept.batches[0]["tool_mask"].bool()
+        assert not mask[:, ends].any() and (mask.sum(1) == trained).all()
+        assert kept.batches[0]["num_items_in_batch"] == 4 * trained

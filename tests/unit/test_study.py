@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from gcpo_trl.cli.main import main
-from gcpo_trl.cli.study import benchmark_of, launch, mark, outcome, parts_of, result_file, slots_of
+from gcpo_trl.cli.study import benchmark_of, last_words, launch, mark, outcome, parts_of, result_file, slots_of
 from gcpo_trl.studies.figure import pareto_front
 from gcpo_trl.studies.plan import BASE, Measure, read_study
 from gcpo_trl.studies.statistics import Arm, differences, interval, minutes, table
@@ -163,6 +163,20 @@ def test_the_table():
 def test_the_front_is_what_nothing_beats_in_both():
     points = [(1.0, 1.0), (2.0, 0.5), (0.5, 2.0), (0.9, 0.9), (2.0, 0.7)]
     assert pareto_front(points) == [(0.5, 2.0), (1.0, 1.0), (2.0, 0.7)]
+
+
+@pytest.mark.parametrize(
+    ("printed", "words"),
+    [
+        ("INFO gcpo_trl: 1 process\nValueError: beta=-1\n", "ValueError: beta=-1"),
+        ("gcpo study: there is no study\n[INFO] Running in WANDB offline mode\n\n", "gcpo study: there is no study"),
+        ("RuntimeError: out of memory\nwandb: Run history\n", "RuntimeError: out of memory"),
+        ("[INFO] and nothing else\n", "[INFO] and nothing else"),
+        ("\n", "it printed nothing"),
+    ],
+)
+def test_the_last_words_are_the_reason_and_not_what_libraries_say_in_passing(printed, words):
+    assert last_words(printed) == words
 
 
 def test_a_run_that_dies_leaves_its_last_words(tmp_path):
