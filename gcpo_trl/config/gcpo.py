@@ -1,4 +1,4 @@
-"""Settings of `GCPOTrainer`: TRL's `GRPOConfig` and, room by room, what critical tokens add."""
+"""Settings of `GCPOTrainer`: TRL's `GRPOConfig`, and for each stage of the method what it adds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIVERGENCE_WEIGHTS = ("none", "stage")
 
 @dataclass
 class GCPOConfig(GRPOConfig):
-    """Configuration of `GCPOTrainer`. Names start with the room they belong to; the defaults are the released ones.
+    """Configuration of `GCPOTrainer`. Names start with the stage they belong to; the defaults are the released ones.
 
     With ``select_strategies=["everything"]`` and ``weight_form="none"`` training equals `GRPOTrainer`; on images, with
     several rewards that return None, also ``reward_missing="partial"``.
@@ -334,7 +334,9 @@ class GCPOConfig(GRPOConfig):
         if not self.select_strategies:
             raise ValueError("select_strategies is empty; name at least one, such as 'everything' for plain GRPO")
         if isinstance(self.select_strategies, str):
-            raise ValueError(f"select_strategies={self.select_strategies!r} is no list; write a list, even of one name")
+            raise ValueError(
+                f"select_strategies={self.select_strategies!r} is not a list; write one, also for one name"
+            )
         if len(set(self.select_strategies)) < len(self.select_strategies):
             raise ValueError(f"select_strategies={self.select_strategies} names one twice; name each once")
         for strategy in self.select_strategies:

@@ -21,7 +21,7 @@ from ..shapes.grammar import TASKS, Spec, held_out_specs
 from .diversity import FEATURES, Gauge, drawn_of, measure, space_of, summarize_groups
 from .scores import mean_and_error, mean_of_tasks
 
-IMAGES_A_PROMPT = 6  # 206 prompts, 1,236 images
+IMAGES_PER_PROMPT = 6  # 206 prompts, 1,236 images
 HEADINGS = {
     "exact": "exact",
     "correct": "correct (extras allowed)",
@@ -62,7 +62,7 @@ def evaluate(
     policy: Any,
     sampling: Sampling,
     specs: Sequence[Spec] | None = None,
-    images_per_prompt: int = IMAGES_A_PROMPT,
+    images_per_prompt: int = IMAGES_PER_PROMPT,
     seed: int = 1234,
     rank: int = 0,
     world: int = 1,

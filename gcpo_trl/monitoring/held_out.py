@@ -30,7 +30,7 @@ from ..validation import check_count
 
 logger = logging.getLogger(__name__)
 
-ROOM = "gcpo/held_out/"
+PREFIX = "gcpo/held_out/"
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 OWN_MEASURES = ("sharpness", "entropy")
 
@@ -183,7 +183,7 @@ class HeldOutCallback(TrainerCallback):
         if self._trainer is None:
             raise TypeError("HeldOutCallback needs GCPOTrainer, which draws its images; this is another trainer")
         self._fallen = set()
-        if not any(ROOM + "entropy" in entry for entry in state.log_history):
+        if not any(PREFIX + "entropy" in entry for entry in state.log_history):
             self._look(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -197,7 +197,7 @@ class HeldOutCallback(TrainerCallback):
         for name in self.rewards:
             if name not in measured:
                 logger.warning("step %d: the held-out reward %r scored no image", state.global_step, name)
-        trl_compat.log_apart(self._trainer, {ROOM + name: one.mean for name, one in measured.items()})
+        trl_compat.log_apart(self._trainer, {PREFIX + name: one.mean for name, one in measured.items()})
         if state.is_world_process_zero:
             self._warn(state, measured)
 
@@ -257,8 +257,8 @@ class HeldOutCallback(TrainerCallback):
         starts: dict[str, float] = {}
         for entry in state.log_history:
             for name in measured:
-                if ROOM + name in entry:
-                    starts.setdefault(name, entry[ROOM + name])
+                if PREFIX + name in entry:
+                    starts.setdefault(name, entry[PREFIX + name])
         changes = {
             name: Change(starts[name], one.mean, one.error, SHARES.get(name, REWARD_SHARE))
             for name, one in measured.items()

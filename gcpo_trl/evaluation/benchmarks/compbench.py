@@ -12,7 +12,7 @@ from typing import Any
 from ...prompts import load
 from ..benchmark import Benchmark, Row, rewards_judge
 
-IMAGES_A_PROMPT = 10
+IMAGES_PER_PROMPT = 10
 CLIP = "openai/clip-vit-base-patch32"  # CLIPScore_eval/CLIP_similarity.py
 
 
@@ -50,7 +50,7 @@ def benchmark(prompts: Sequence[Path], rewards: Sequence[Any]) -> Benchmark:
         labels += names
         rows += read
         tasks += [file.stem] * len(read)
-    return Benchmark("compbench", ", ".join(dict.fromkeys(labels)), rows, tasks, judges, IMAGES_A_PROMPT)
+    return Benchmark("compbench", ", ".join(dict.fromkeys(labels)), rows, tasks, judges, IMAGES_PER_PROMPT)
 
 
 def reward_of(file: Path) -> Any:

@@ -21,7 +21,7 @@ from reward_funcs.runtime import reward_device
 from ...prompts import load
 from ..benchmark import Benchmark, Row, from_rewards, own_prompts
 
-IMAGES_A_PROMPT = 4
+IMAGES_PER_PROMPT = 4
 MEASURES = ("correct", "strict")
 
 
@@ -31,14 +31,14 @@ def benchmark(prompts: Sequence[Path], rewards: Sequence[Any]) -> Benchmark:
     rows = load("geneval")
     tasks = [json.loads(row["metadata"])["tag"] for row in rows]
     if rewards:
-        return from_rewards("geneval", rows, tasks, rewards, IMAGES_A_PROMPT)
+        return from_rewards("geneval", rows, tasks, rewards, IMAGES_PER_PROMPT)
     models = Models()
     device = reward_device(models.device)
     detector = load_detector(models.detector, device)
     load_color_classifier(models.clip, device)
     judges = dict.fromkeys(tasks, partial(judge, models))
     label = label_of(detector.model.config.model_type, models.detector)
-    return Benchmark("geneval", label, rows, tasks, judges, IMAGES_A_PROMPT, judged_by=dataclasses.asdict(models))
+    return Benchmark("geneval", label, rows, tasks, judges, IMAGES_PER_PROMPT, judged_by=dataclasses.asdict(models))
 
 
 def label_of(family: str, detector: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..benchmark import Benchmark, file_rows, from_rewards, tasks_of
 
-IMAGES_A_PROMPT = 4
+IMAGES_PER_PROMPT = 4
 
 
 def benchmark(prompts: Sequence[Path], rewards: Sequence[Any]) -> Benchmark:
@@ -16,4 +16,4 @@ def benchmark(prompts: Sequence[Path], rewards: Sequence[Any]) -> Benchmark:
     if not rewards:
         raise ValueError("prompts needs rewards to judge by; write --rewards NAME, such as hpsv2")
     rows = file_rows("prompts", prompts)
-    return from_rewards("prompts", rows, tasks_of(rows), rewards, IMAGES_A_PROMPT, by_prompts=True)
+    return from_rewards("prompts", rows, tasks_of(rows), rewards, IMAGES_PER_PROMPT, by_prompts=True)

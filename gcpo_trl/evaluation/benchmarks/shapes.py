@@ -11,7 +11,7 @@ from reward_funcs.shapes import judge_image
 
 from ...shapes.grammar import held_out_specs
 from ..benchmark import Benchmark, Row, from_rewards, own_prompts
-from ..shapes import HEADINGS, IMAGES_A_PROMPT, MEASURES
+from ..shapes import HEADINGS, IMAGES_PER_PROMPT, MEASURES
 
 
 def benchmark(prompts: Sequence[Path], rewards: Sequence[Any]) -> Benchmark:
@@ -20,9 +20,9 @@ def benchmark(prompts: Sequence[Path], rewards: Sequence[Any]) -> Benchmark:
     rows = [spec.record() for spec in held_out_specs()]
     tasks = [row["tag"] for row in rows]
     if rewards:
-        return from_rewards("shapes", rows, tasks, rewards, IMAGES_A_PROMPT)
+        return from_rewards("shapes", rows, tasks, rewards, IMAGES_PER_PROMPT)
     judges = dict.fromkeys(tasks, judge)
-    return Benchmark("shapes", "shapes world", rows, tasks, judges, IMAGES_A_PROMPT, headings=HEADINGS)
+    return Benchmark("shapes", "shapes world", rows, tasks, judges, IMAGES_PER_PROMPT, headings=HEADINGS)
 
 
 def judge(rows: Sequence[Row], pictures: Sequence[Any]) -> dict[str, list[float | None]]:
