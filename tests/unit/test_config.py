@@ -52,7 +52,7 @@ def test_every_setting_has_its_help_and_a_room():
 
 MISTAKES = [
     ({"select_strategies": []}, ["select_strategies is empty", "'everything'"]),
-    ({"select_strategies": "everything"}, ["select_strategies='everything'", "write a list"]),
+    ({"select_strategies": "everything"}, ["select_strategies='everything'", "write one"]),
     ({"select_strategies": ["entropy_gradiant"]}, ["'entropy_gradiant'", "did you mean 'entropy_gradient'"]),
     ({"select_strategies": ["my_missing_package:select"]}, ["my_missing_package:select"]),
     ({"select_strategies": ["initial", "initial"]}, ["['initial', 'initial']", "once"]),
