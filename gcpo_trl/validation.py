@@ -30,3 +30,14 @@ def check_device(name: str, value: str) -> None:
             f"{name}={value!r}, but torch {torch.__version__} sees {count} {device.type} device(s); write 'auto', "
             "'cpu' or one of those, or look at CUDA_VISIBLE_DEVICES"
         )
+
+
+def first_non_finite(model: torch.nn.Module) -> str:
+    """Name of the first parameter that holds NaN or infinity, or a sentence that says there is none."""
+    for name, parameter in model.named_parameters():
+        # Where parameters are sharded this looks at the process's own part: no process may wait for another here.
+        part = getattr(parameter, "ds_tensor", parameter)
+        part = part.to_local() if hasattr(part, "to_local") else part
+        if not torch.isfinite(part).all():
+            return f"parameter {name} is not finite"
+    return "all parameters are finite, so an activation or a reward overflowed"

@@ -221,7 +221,7 @@ def check_shapes_model() -> Finding:
 
     from ..policies import load
     from ..shapes.build import CHECKPOINT
-    from ..trainer.checks import first_non_finite
+    from ..validation import first_non_finite
 
     policy = load(str(CHECKPOINT), "janus", dtype=torch.float32)
     count = sum(parameter.numel() for parameter in policy.model.parameters())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 import transformers
 from transformers import AutoConfig
 
@@ -139,14 +138,3 @@ def check_dataset(dataset: Any) -> None:
             f"the dataset has a column {taken[0]!r}, which TRL reads as picture input of a conversation; rename it, "
             "for example to 'reference_image'"
         )
-
-
-def first_non_finite(model: torch.nn.Module) -> str:
-    """Name of the first parameter that holds NaN or infinity, or a sentence that says there is none."""
-    for name, parameter in model.named_parameters():
-        # Where parameters are sharded this looks at the process's own part: no process may wait for another here.
-        part = getattr(parameter, "ds_tensor", parameter)
-        part = part.to_local() if hasattr(part, "to_local") else part
-        if not torch.isfinite(part).all():
-            return f"parameter {name} is not finite"
-    return "all parameters are finite, so an activation or a reward overflowed"

@@ -25,6 +25,7 @@ from ..objective.weighting import advantage_weight
 from ..policies import adapt, family_of
 from ..rewards.loading import load_rewards, place_rewards
 from ..shapes.build import SHIPPED
+from ..validation import first_non_finite
 from .checks import (
     check_dataset,
     check_engine,
@@ -34,7 +35,6 @@ from .checks import (
     check_text_only,
     check_text_settings,
     engine_report,
-    first_non_finite,
     load_config,
 )
 from .critical_tokens import OPPOSING

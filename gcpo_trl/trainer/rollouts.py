@@ -19,7 +19,7 @@ from ..config import sampling_of
 from ..objective.diversity import token_disagreement
 from ..rewards.loading import without_partly_scored
 from ..rollout import Rollout, chunks, joined
-from .checks import first_non_finite
+from ..validation import first_non_finite
 from .metrics import MetricsTrainer
 from .overlap import EarlyRewards, decoded, decoding_stream, starts_early
 

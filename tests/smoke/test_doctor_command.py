@@ -32,7 +32,10 @@ def doctor(folder, *words, first_on_path=(), **variables):
     command = [sys.executable, "-m", "gcpo_trl", "doctor", "--output-dir", str(folder), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=env | variables, timeout=120)
     lines = done.stdout.splitlines()
-    assert lines and all(re.match(r"(ok    |warn  |FAIL  )[\w ]+: \S", line) for line in lines), done.stderr[-3000:]
+    assert lines and all(re.match(r"(ok    |warn  |FAIL  )[\w ]+: \S", line) for line in lines), (
+        [line for line in lines if not re.match(r"(ok    |warn  |FAIL  )[\w ]+: \S", line)],
+        done.stderr[-3000:],
+    )
     by_subject = {line[6:].partition(":")[0]: line for line in lines}
     assert len(by_subject) == len(lines)  # one line each
     return done.returncode, by_subject

@@ -11,7 +11,8 @@ from transformers import AutoConfig, CLIPConfig, LlamaConfig
 from trl import GRPOConfig
 
 from gcpo_trl.config import GCPOConfig
-from gcpo_trl.trainer.checks import check_dataset, check_image_settings, check_text_only, first_non_finite, load_config
+from gcpo_trl.trainer.checks import check_dataset, check_image_settings, check_text_only, load_config
+from gcpo_trl.validation import first_non_finite
 
 
 def config(**settings):
