@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"  # transformers writes it last
 REFERENCE_FILE = "reference.safetensors"  # of a run with sync_ref_model
+# Keys of a saved batch by the names that they had until 0.1.0; read under another name they would be silently missing.
+FORMER_KEYS = {"drawn_mask": "policy_mask", "drawn_items_in_batch": "policy_items_in_batch"}
 
 
 def save_buffer(folder: Path, rank: int, world: int, step: int, buffer: list[dict[str, Any]]) -> None:
@@ -60,7 +62,7 @@ def load_buffer(folder: Path, rank: int, world: int, device: torch.device) -> tu
     buffer: list[dict[str, Any]] = [dict(batch) for batch in content["batches"]]
     for name, tensor in load_file(folder / f"rollout_{rank}.safetensors").items():
         index, key = name.split(".", 1)
-        buffer[int(index)][key] = tensor.to(device)
+        buffer[int(index)][FORMER_KEYS.get(key, key)] = tensor.to(device)
     return content["step"], buffer
 
 

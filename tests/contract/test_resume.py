@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny import janus_trainer, record, settings
 from torch.testing import assert_close
 
+from gcpo_trl.trainer.masks import loss_mask, policy_mask
 from gcpo_trl.trainer.resume import (
     ExactResume,
     check_reference,
@@ -205,3 +206,12 @@ def test_processes_that_would_go_on_from_different_steps_are_stopped(tmp_path, m
     monkeypatch.setattr("gcpo_trl.trainer.resume.gather_object", lambda mine: [*mine, "the start"])
     with pytest.raises(ValueError, match=r"go on from \['.*checkpoint-3', 'the start'\]; use a disk that all machines"):
         run.train(resume_from_checkpoint=True)
+
+
+def test_a_buffer_saved_under_former_names_keeps_its_masks(tmp_path):
+    drawn, critical = torch.tensor([[True, True]]), torch.tensor([[1, 0]])
+    old = {"drawn_mask": drawn, "drawn_items_in_batch": torch.tensor(2), "tool_mask": critical}
+    save_buffer(tmp_path, 0, 1, 3, [old | {"completion_mask": torch.ones(1, 2)}])
+    step, (batch,) = load_buffer(tmp_path, 0, 1, torch.device("cpu"))
+    assert step == 3 and batch["policy_items_in_batch"] == 2
+    assert torch.equal(policy_mask(batch), drawn) and torch.equal(loss_mask(batch), critical.bool())
