@@ -32,6 +32,7 @@ def load_rewards(rewards: Any, *datasets: Any, beside: bool = False) -> list[Any
     Each has looked at each dataset, and one with a `check()` (a reward on a server) has been asked for it.
     """
     loaded = [load_reward(reward) for reward in (rewards if isinstance(rewards, list) else [rewards])]
+    check_names(loaded)
     for dataset in datasets:
         ask_rewards(loaded, dataset)
     for reward in loaded:
@@ -48,12 +49,29 @@ def load_reward(reward: Any) -> Any:
     if isinstance(reward, torch.nn.Module):
         return reward
     if isinstance(reward, str):
-        function, name = resolve(reward, PACKAGE, "reward"), reward.rpartition(":")[-1].rpartition(".")[-1]
+        function, name = resolve(reward, PACKAGE, "reward"), _name_of(reward)
     else:
         function, name = reward, getattr(reward, "__name__", type(reward).__name__)
     if not callable(function):
         raise TypeError(f"reward {name!r} is a {type(function).__name__}; pass a name, a path or a function")
     return _checked(function, name)
+
+
+def _name_of(path: str) -> str:
+    """What a reward is logged as: its file or function, or for a function called `reward` the module that holds it."""
+    parts = path.replace(":", ".").split(".")
+    return parts[-2] if parts[-1] == "reward" and len(parts) > 1 else parts[-1]
+
+
+def check_names(rewards: Sequence[Any]) -> None:
+    """Raise ValueError if two rewards would be logged under one name, where one would hide the other."""
+    names = [getattr(reward, "__name__", None) for reward in rewards if not isinstance(reward, torch.nn.Module)]
+    twice = sorted({name for name in names if name is not None and names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"several rewards are called {', '.join(map(repr, twice))}, and would be logged as one; give each function "
+            "a name of its own, or leave one out"
+        )
 
 
 def place_rewards(device: str) -> None:

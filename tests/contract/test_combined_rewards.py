@@ -157,13 +157,16 @@ def test_local_rewards_beside_an_asynchronous_one_share_a_thread():
         threads.append(threading.current_thread())
         return [0.25]
 
+    def other(prompts, completions, **columns):
+        return local(prompts, completions)
+
     async def remote(prompts, completions, **columns):
         return [1.0]
 
     async def all_of(rewards):
         return await asyncio.gather(*(reward(prompts=["p"], completions=["c"]) for reward in rewards))
 
-    assert asyncio.run(all_of(load_rewards([local, remote, local]))) == [[0.25], [1.0], [0.25]]
+    assert asyncio.run(all_of(load_rewards([local, remote, other]))) == [[0.25], [1.0], [0.25]]
     assert threads[0] is threads[1] is not threading.main_thread()  # so they take turns
-    assert load_rewards([local, local])[1](prompts=["p"], completions=["c"]) == [0.25]  # alone: called as ever
+    assert load_rewards([local, other])[1](prompts=["p"], completions=["c"]) == [0.25]  # alone: called as ever
     assert threads[2] is threading.main_thread()

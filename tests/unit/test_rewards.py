@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 import reward_funcs.shapes
-from gcpo_trl.rewards.loading import ask_rewards, check_rewards, load_reward, place_rewards
+from gcpo_trl.rewards.loading import ask_rewards, check_rewards, load_reward, load_rewards, place_rewards
 from reward_funcs.runtime import reward_device
 
 IMAGES = ["first", "second"]
@@ -199,3 +199,19 @@ def test_rewards_that_are_placed_load_there(monkeypatch):
     assert reward_device("auto") == "cuda:3"
     place_rewards("cuda:1")
     assert reward_device("auto") == "cuda:1" and reward_device("cpu") == "cpu"
+
+
+def test_a_function_called_reward_is_logged_as_its_module(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("warm_colours", "cold_colours"):
+        (tmp_path / f"{name}.py").write_text("def reward(prompts, completions, **columns):\n    return [1.0]\n")
+    loaded = load_rewards(["warm_colours:reward", "cold_colours.reward", "shapes"])
+    assert [reward.__name__ for reward in loaded] == ["warm_colours", "cold_colours", "shapes"]
+
+
+def test_rewards_that_would_share_a_name_are_refused():
+    def reward(prompts, completions, **columns):
+        return [1.0]
+
+    with pytest.raises(ValueError, match="several rewards are called 'reward'.*a name of its own"):
+        load_rewards([reward, "shapes", reward])
