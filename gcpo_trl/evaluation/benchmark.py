@@ -115,8 +115,6 @@ def rewards_judge(rewards: Sequence[Any], rows: Sequence[Row]) -> tuple[Judge, l
     for function in load_rewards(list(rewards), Dataset.from_list(list(rows))):
         if isinstance(function, torch.nn.Module):
             raise TypeError(f"reward {type(function).__name__} is a torch module, which scores text; name a function")
-        if function.__name__ in functions:
-            raise ValueError(f"two rewards are called {function.__name__!r}; leave one out or rename its function")
         functions[function.__name__] = function
 
     def judge(rows: Sequence[Row], pictures: Sequence[Any]) -> dict[str, list[float | None]]:

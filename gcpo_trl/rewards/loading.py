@@ -69,8 +69,7 @@ def check_names(rewards: Sequence[Any]) -> None:
     twice = sorted({name for name in names if name is not None and names.count(name) > 1})
     if twice:
         raise ValueError(
-            f"several rewards are called {', '.join(map(repr, twice))}, and would be logged as one; give each function "
-            "a name of its own, or leave one out"
+            f"two rewards are called {twice[0]!r}, and would be logged as one; leave one out or rename its function"
         )
 
 

@@ -213,5 +213,5 @@ def test_rewards_that_would_share_a_name_are_refused():
     def reward(prompts, completions, **columns):
         return [1.0]
 
-    with pytest.raises(ValueError, match=r"several rewards are called 'reward'.*a name of its own"):
+    with pytest.raises(ValueError, match=r"two rewards are called 'reward'.*rename its function"):
         load_rewards([reward, "shapes", reward])
